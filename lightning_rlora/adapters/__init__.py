@@ -1,0 +1,35 @@
+"""PEFT's adapters as points of the fixed-rank manifold: finding, reading, writing, saving them."""
+
+from lightning_rlora.adapters.adapt import PeftConfig, adapt, adapter_config, find_adapted, load_adapter
+from lightning_rlora.adapters.export import export_adapter, merge_adapter
+from lightning_rlora.adapters.gauge import balanced_factors, group_by_shape, read_point, read_points, write_point
+from lightning_rlora.adapters.offset import BaseOffset, get_offset, offset_factors, track_offsets
+from lightning_rlora.adapters.pairs import LoraPair, LoraScan, find_pairs, matrix, scan
+from lightning_rlora.adapters.state import adapter_keys, check_adapter, keep_adapter
+
+__all__ = [
+    "BaseOffset",
+    "LoraPair",
+    "LoraScan",
+    "PeftConfig",
+    "adapt",
+    "adapter_config",
+    "adapter_keys",
+    "balanced_factors",
+    "check_adapter",
+    "export_adapter",
+    "find_adapted",
+    "find_pairs",
+    "get_offset",
+    "group_by_shape",
+    "keep_adapter",
+    "load_adapter",
+    "matrix",
+    "merge_adapter",
+    "offset_factors",
+    "read_point",
+    "read_points",
+    "scan",
+    "track_offsets",
+    "write_point",
+]

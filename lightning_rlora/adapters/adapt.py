@@ -1,0 +1,93 @@
+"""Putting a PEFT adapter on a model: a new one from its configuration, or a saved one to train further."""
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peft import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    prepare_model_for_kbit_training,
+)
+from torch import nn
+
+from lightning_rlora.errors import UserError
+
+
+def adapter_config(fields: Mapping[str, Any]) -> PeftConfig:
+    """PEFT's configuration object from its fields, named as in adapter_config.json; `peft_type` is LORA if absent.
+
+    Raises:
+        UserError: If the type or a field is unknown, or a value is refused by PEFT.
+    """
+    fields = dict(fields)
+    kind = fields.pop("peft_type", "LORA")
+    config_class = PEFT_TYPE_TO_CONFIG_MAPPING.get(getattr(kind, "value", kind))
+    if config_class is None:
+        raise UserError(f"unknown peft_type {kind!r} of the adapter: use one of {', '.join(PEFT_TYPE_TO_CONFIG_MAPPING)}")
+    known = inspect.signature(config_class).parameters
+    for field in fields:
+        if field not in known:
+            raise UserError(f"{config_class.__name__} has no field {field!r}: it knows {', '.join(sorted(known))}")
+    try:
+        return config_class(**fields)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the adapter's configuration is not valid: {_one_line(error)}") from error
+
+
+def adapt(model: nn.Module, config: PeftConfig) -> PeftModel:
+    """A new adapter on a pretrained model, with its factors in float32 and the base frozen.
+
+    Raises:
+        UserError: If PEFT refuses, for unknown target modules or a rank of zero, say.
+    """
+    try:
+        return get_peft_model(prepare(model), config)
+    except ValueError as error:
+        raise UserError(f"the adapter does not fit the base model: {_one_line(error)}") from error
+
+
+def load_adapter(model: nn.Module, folder: str | Path) -> PeftModel:
+    """A saved adapter in PEFT's format on a pretrained model, to be trained further.
+
+    Raises:
+        UserError: If the folder holds no adapter, a broken one, or one for another base model.
+    """
+    folder = Path(folder)
+    if not (folder / "adapter_config.json").is_file():
+        raise UserError(f"{folder} holds no adapter: there is no adapter_config.json in it")
+    try:
+        return PeftModel.from_pretrained(prepare(model), folder, is_trainable=True)
+    except (RuntimeError, ValueError, KeyError, OSError) as error:
+        raise UserError(f"the adapter in {folder} does not fit the base model: {_one_line(error)}") from error
+    except Exception as error:
+        if type(error).__name__ == "SafetensorError":
+            raise UserError(f"the adapter in {folder} is broken: {_one_line(error)}") from error
+        raise
+
+
+def prepare(model: nn.Module) -> nn.Module:
+    """Make a quantised base ready to be adapted; any other is returned as it is."""
+    if getattr(model, "is_quantized", False):
+        return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    return model
+
+
+def find_adapted(module: nn.Module) -> nn.Module:
+    """The outermost model inside a module that PEFT adapted.
+
+    Raises:
+        UserError: If there is none.
+    """
+    for candidate in module.modules():
+        if isinstance(getattr(candidate, "peft_config", None), dict):
+            return candidate
+    raise UserError(f"{type(module).__name__} contains no model that PEFT adapted: use get_peft_model")
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else text[:300] + " ..."

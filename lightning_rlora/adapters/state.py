@@ -1,0 +1,53 @@
+"""What a checkpoint must hold of an adapted model: everything but the frozen base."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_rlora.adapters.offset import NAME
+from lightning_rlora.errors import UserError
+
+
+def adapter_keys(module: nn.Module) -> set[str]:
+    """The keys of `module.state_dict()` that are trained or belong to an adapter's offset.
+
+    Args:
+        module: An adapted model, or a LightningModule that contains one.
+    """
+    trainable = {name for name, parameter in module.named_parameters(remove_duplicate=False) if parameter.requires_grad}
+    return trainable | {key for key in module.state_dict() if f".{NAME}." in f".{key}"}
+
+
+def keep_adapter(module: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a state dict that an adapter-only checkpoint holds."""
+    keys = adapter_keys(module)
+    return {key: value for key, value in state_dict.items() if key in keys}
+
+
+def check_adapter(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
+    """Refuse a state dict whose adapter does not fit the module's, before anything is loaded.
+
+    Raises:
+        UserError: If a trained tensor of the module is missing in the state dict, or has another shape there (an
+            adapter of another rank, or for another base).
+    """
+    parameters = {n: p for n, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
+    for name, parameter in parameters.items():
+        saved = state_dict.get(name)
+        if not isinstance(saved, Tensor):
+            raise UserError(
+                f"the checkpoint has no '{name}': it was made with other target modules or for another base model"
+            )
+        if saved.shape != parameter.shape:
+            raise UserError(
+                f"the checkpoint's '{name}' has shape {tuple(saved.shape)} and the model's {tuple(parameter.shape)}: "
+                "it was made with another rank, or for another base model"
+            )
+    surplus = [key for key in state_dict if ".lora_" in key and key not in parameters]
+    known = module.state_dict().keys() if surplus else ()
+    for key in surplus:
+        if key not in known:
+            raise UserError(
+                f"the checkpoint's '{key}' has no place in the model: it was made with other target modules"
+            )

@@ -1,0 +1,29 @@
+"""Checkpoints without the frozen base, for projects of one's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_rlora.adapters import check_adapter, keep_adapter
+
+
+class AdapterOnlyCheckpoint(Callback):
+    """Makes every checkpoint hold what trains and the offset of the base, but not the frozen base.
+
+    Optimizer, scheduler, loop and callback states are kept as they are. The module must build its base model itself, since a
+    resume takes the base from there. The modules of this package do all this without the callback.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let a checkpoint without the base be loaded."""
+        pl_module.strict_loading = False
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Drop the frozen base from the module's state."""
+        checkpoint["state_dict"] = keep_adapter(pl_module, checkpoint["state_dict"])
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint whose adapter does not fit, in one sentence."""
+        check_adapter(pl_module, checkpoint["state_dict"])

@@ -1,0 +1,241 @@
+"""Locally optimal initialisation at the start of training."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_rlora.adapters import LoraPair, find_pairs, get_offset, track_offsets
+from lightning_rlora.adapters.pairs import base_weight, is_quantised
+from lightning_rlora.errors import UserError
+from lightning_rlora.init import LayerStart, locally_optimal_init
+
+Loss = Callable[[LightningModule, Any], Tensor]
+"""The loss of one batch, differentiable."""
+
+
+class LocallyOptimalInit(Callback):
+    """Starts the adapters where their tangent spaces hold the most of the loss gradient, once, before the first step.
+
+    Runs 2 (power_steps + 1) passes over the first batches of the training data, with dropout off and the random state
+    restored afterwards, and sets every LoRA pair to X0 = alpha U_{1..r} V_{r+1..2r}^T. A resumed run does not repeat it:
+    the checkpoint knows that it is done, and holds the offset of the base with the adapter.
+
+    The loss is `training_step`'s, with logging silenced. Where there is none to call (manual optimization), pass `loss`.
+    Under 16-mixed precision the passes run in bfloat16, which needs no loss scale.
+
+    Args:
+        alpha: All singular values of the start are |alpha|; by default the paper's -0.01 / sqrt(r).
+        batches: Number of training batches whose mean gradient is used.
+        oversampling: Extra columns of the sketches beyond 2r.
+        power_steps: Power iterations; each costs two more passes.
+        offset: `subtract` shifts the base by X0, so that the function is unchanged. `none` leaves the base alone, and the
+            function moves by X0, which is orthogonal to the gradient. `auto` subtracts from float32 bases, never from
+            quantised ones, and for bfloat16 and float16 bases, where the shift is partly lost to rounding, takes what
+            changes the loss less.
+        seed: Of the random sketches.
+        loss: Loss of a batch, `loss(module, batch)`, in place of `training_step`.
+
+    Attributes:
+        starts: One `LayerStart` a layer once it has run.
+        loss_before: Mean loss over the batches before.
+        loss_after: The same after.
+        offset_taken: `subtract` or `none`.
+    """
+
+    def __init__(
+        self,
+        alpha: float | None = None,
+        batches: int = 1,
+        oversampling: int = 16,
+        power_steps: int = 1,
+        offset: Literal["subtract", "none", "auto"] = "auto",
+        seed: int = 0,
+        loss: Loss | None = None,
+    ) -> None:
+        if alpha == 0:
+            raise UserError("alpha = 0 of LocallyOptimalInit is no point of the manifold: give another size")
+        if batches < 1 or oversampling < 0 or power_steps < 0:
+            raise UserError("LocallyOptimalInit needs batches >= 1, oversampling >= 0 and power_steps >= 0")
+        if offset not in ("subtract", "none", "auto"):
+            raise UserError(f"unknown offset {offset!r} of LocallyOptimalInit: use subtract, none or auto")
+        self.alpha = alpha
+        self.batches = batches
+        self.oversampling = oversampling
+        self.power_steps = power_steps
+        self.offset = offset
+        self.seed = seed
+        self._loss = loss
+        self.done = False
+        self.starts: list[LayerStart] = []
+        self.loss_before = float("nan")
+        self.loss_after = float("nan")
+        self.offset_taken = ""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Track the offset of every layer while the base is pristine, so that a checkpoint can restore it."""
+        track_offsets(find_pairs(pl_module))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resume must know: that the adapters are initialised."""
+        return {"done": self.done}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Do not run again after a resume."""
+        self.done = state_dict["done"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Run, unless the run was resumed."""
+        if self.done:
+            return
+        loss = self._loss or _training_step_loss(pl_module)
+        batches = [_to_device(trainer, b) for b in itertools.islice(iter(trainer.train_dataloader), self.batches)]
+        if not batches:
+            raise UserError("LocallyOptimalInit found no training batch")
+
+        def mean_loss(run: Callable[[Tensor], object]) -> float:
+            total = 0.0
+            for batch in batches:
+                with _precision(trainer):
+                    value = loss(pl_module, batch) / len(batches)
+                run(value)
+                total += value.item()
+            return total
+
+        def backward() -> None:
+            with torch.random.fork_rng(devices=_cuda_devices(pl_module)):
+                mean_loss(Tensor.backward)
+
+        @torch.no_grad()
+        def evaluate() -> float:
+            with torch.random.fork_rng(devices=_cuda_devices(pl_module)):
+                return mean_loss(lambda _: None)
+
+        with _quiet(pl_module), torch.random.fork_rng(devices=_cuda_devices(pl_module)):
+            self.loss_before = evaluate()
+            self._start(pl_module, backward, evaluate)
+            self.loss_after = evaluate()
+        self.done = True
+        rank_zero_info(self.report())
+
+    def _start(self, module: LightningModule, backward: Callable[[], None], evaluate: Callable[[], float]) -> None:
+        """Initialise with the offset asked for; for `auto` on a half-precision base, with the better one."""
+        pairs = find_pairs(module)
+        quantised = any(is_quantised(pair) for pair in pairs)
+        subtract = self.offset == "subtract" or (self.offset == "auto" and not quantised)
+        measure = self.offset == "auto" and not quantised and any(_is_half(base_weight(p)) for p in pairs)
+        # a shift back is not exact in half precision, so the base itself is kept, off the device
+        kept = [base_weight(pair).detach().to("cpu", copy=True) for pair in pairs] if measure else []
+        self.starts = locally_optimal_init(
+            module,
+            backward,
+            alpha=self.alpha,
+            oversampling=self.oversampling,
+            power_steps=self.power_steps,
+            subtract=subtract,
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+        if measure:
+            change_subtract = abs(evaluate() - self.loss_before)
+            shifted = _swap_bases(pairs, kept)
+            change_none = abs(evaluate() - self.loss_before)
+            subtract = change_subtract <= change_none
+            if subtract:
+                _swap_bases(pairs, shifted)
+            else:
+                for pair in pairs:
+                    offset = get_offset(pair)
+                    assert offset is not None
+                    offset.forget()
+        self.offset_taken = "subtract" if subtract else "none"
+
+    def report(self) -> str:
+        """One paragraph on what was found."""
+        shares = [start.captured for start in self.starts]
+        least = min(self.starts, key=lambda start: start.captured)
+        gaps = sorted(start.gap for start in self.starts)
+        return (
+            f"Locally optimal initialisation of {len(self.starts)} layers: {100 * sum(shares) / len(shares):.0f} % of "
+            f"|gradient|^2 in the tangent spaces on average (least {100 * least.captured:.0f} % in {least.name}), median "
+            f"gap {gaps[len(gaps) // 2]:.2f}, alpha {least.alpha:.3g}, offset {self.offset_taken}, loss "
+            f"{self.loss_before:.6f} -> {self.loss_after:.6f}"
+        )
+
+
+def _training_step_loss(module: LightningModule) -> Loss:
+    """The loss of `training_step`, for automatic optimization only."""
+    if not module.automatic_optimization:
+        raise UserError(
+            "LocallyOptimalInit cannot take the loss from a training_step with manual optimization: give it "
+            "loss=lambda module, batch: ..."
+        )
+
+    def loss(module: LightningModule, batch: Any) -> Tensor:
+        output = module.training_step(batch, 0)
+        value = output["loss"] if isinstance(output, dict) else output
+        if not isinstance(value, Tensor):
+            raise UserError("LocallyOptimalInit needs a training_step that returns its loss, or a function `loss`")
+        return value
+
+    return loss
+
+
+def _to_device(trainer: Trainer, batch: Any) -> Any:
+    batch = trainer.precision_plugin.convert_input(batch)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def _precision(trainer: Trainer) -> Any:
+    """The trainer's forward context; bfloat16 in place of float16, whose gradients would need a scale."""
+    plugin = trainer.precision_plugin
+    if isinstance(plugin, MixedPrecision) and plugin.precision == "16-mixed":
+        return torch.autocast(trainer.strategy.root_device.type, torch.bfloat16)
+    return plugin.forward_context()
+
+
+def _cuda_devices(module: LightningModule) -> list[torch.device]:
+    return [module.device] if module.device.type == "cuda" else []
+
+
+def _is_half(weight: Tensor) -> bool:
+    return weight.is_floating_point() and weight.element_size() < 4
+
+
+@torch.no_grad()
+def _swap_bases(pairs: list[LoraPair], others: list[Tensor]) -> list[Tensor]:
+    """Put other values into the base weights and return the old ones, off the device."""
+    old = []
+    for pair, other in zip(pairs, others, strict=True):
+        weight = base_weight(pair)
+        old.append(weight.detach().to("cpu", copy=True))
+        weight.copy_(other)
+    return old
+
+
+@contextmanager
+def _quiet(module: LightningModule) -> Iterator[None]:
+    """Dropout off and logging silenced; gradient checkpointing, which PEFT's and HF's layers tie to training, stays on."""
+    training = {m: m.training for m in module.modules()}
+    with ExitStack() as stack:
+        for m, mode in training.items():
+            stack.callback(setattr, m, "training", mode)
+        module.eval()
+        for m in training:
+            if getattr(m, "gradient_checkpointing", False) is True:
+                m.training = True
+        # self.log(on_step=True) raises outside the training loop
+        object.__setattr__(module, "log", lambda *args, **kwargs: None)
+        stack.callback(object.__delattr__, module, "log")
+        yield
+        for m in module.modules():
+            if isinstance(m, Metric):
+                m.reset()  # what the passes counted must not show in the first epoch

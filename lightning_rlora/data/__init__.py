@@ -1,0 +1,5 @@
+"""Data modules."""
+
+from lightning_rlora.data.text import TextData
+
+__all__ = ["TextData"]

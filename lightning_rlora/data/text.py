@@ -1,0 +1,302 @@
+"""TextData: fine-tuning data for causal language models."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.utils.data import DataLoader
+
+from lightning_rlora.data.chat import ChatEncoder
+from lightning_rlora.data.examples import AnswerEncoder, Encoder, Example, Examples, TextEncoder, encode_all, warn_at_first_cut
+from lightning_rlora.data.loader import Collate, ResumableLoader, RowLoader, StreamLoader, shuffled
+from lightning_rlora.data.packing import pack, packed_batch, padded_batch, prompt_batch
+from lightning_rlora.data.place import place_of, settle
+from lightning_rlora.data.sources import hold_out, is_on_hub, load_hub, read_records
+from lightning_rlora.data.tokenizer import check_length, find_tokenizer, pad_token
+from lightning_rlora.errors import UserError
+
+
+class TextData(LightningDataModule):
+    """Text, prompts with answers, or conversations, tokenised and packed for a causal language model.
+
+    A source is a file (.json, .jsonl, .csv, .tsv, .parquet, .txt, .md; all but Parquet also as .gz, .bz2, .xz, .zst), a
+    folder of such files, a glob, a data set of the hub ("user/name", or "user/name#split" for another split than the
+    one in use), or "embedded:python-topics", the language reference that comes with Python.
+
+    What an example is, is told by one of three: `text`, `prompt` with `answer`, or `messages`. With none of them each
+    record's field "text" is learned.
+
+    The batches of every epoch depend on nothing but the data, the seed and the epoch's number. A run resumed from a
+    checkpoint goes on with the very next batch. Nothing is drawn from the global random number generators.
+
+    Batches hold `input_ids`, `labels` (-100 where there is no loss) and either `position_ids` (packing) or
+    `attention_mask` (padding), int64 of shape (batch_size, length). Batches of predict hold `input_ids` and
+    `attention_mask`, padded on the left, and `prompt`, the list of texts.
+
+    Args:
+        train: Source or list of sources to train on.
+        validation: Source or list of sources to validate on. Without one, a part of the training documents is held out
+            (embedded sets have a held-out part of their own; a stream holds out nothing).
+        test: Source or list of sources to test on.
+        predict: Source or list of sources of prompts to continue.
+        hub_config: Configuration name of the hub data sets, as "main" for openai/gsm8k.
+        text: Field (or template such as "{title}: {body}") to learn as a whole; long documents become several windows.
+        prompt: Field or template such as "Question: {question} Answer:", which is not learned.
+        answer: Field or template such as " {answer}", which is learned with the end-of-text token after it.
+        messages: Field with a list of {role, content}, rendered by the tokenizer's chat template; what the assistant
+            says is learned.
+        tokenizer: Hub id, folder, embedded name or a tokenizer object. Without one the model's own is used.
+        max_length: Longest row in tokens. Longer prompts with answers and longer conversations lose their end.
+        batch_size: Rows per batch and process.
+        packing: Whether to fill rows of max_length tokens with as many examples as fit (none sees another) instead of
+            padding single examples.
+        validation_fraction: Part of the training documents that is held out when there is no validation source.
+        streaming: Whether to read the training data as they are needed instead of keeping them in memory.
+        shuffle_buffer: How many examples a stream keeps waiting in order to shuffle them.
+        prompt_length: Longest prompt of predict in tokens; longer ones lose their beginning. Without it, half of
+            max_length, so that room is left for an answer.
+        num_workers: Processes that make batches (0: the training process itself; a stream uses at most one).
+        seed: Seeds the held-out part and the order of the examples.
+
+    Raises:
+        UserError: An argument is wrong, or a source cannot be read.
+    """
+
+    def __init__(
+        self,
+        train: str | list[str] | None = None,
+        validation: str | list[str] | None = None,
+        test: str | list[str] | None = None,
+        predict: str | list[str] | None = None,
+        hub_config: str | None = None,
+        text: str | None = None,
+        prompt: str | None = None,
+        answer: str | None = None,
+        messages: str | None = None,
+        tokenizer: str | Any | None = None,
+        max_length: int = 512,
+        batch_size: int = 8,
+        packing: bool = True,
+        validation_fraction: float = 0.05,
+        streaming: bool = False,
+        shuffle_buffer: int = 10_000,
+        prompt_length: int | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.sources = {"train": train, "validation": validation, "test": test, "predict": predict}
+        if validation is None and isinstance(train, str) and train.startswith("embedded:"):
+            self.sources["validation"] = train
+        self.hub_config = hub_config
+        self.text, self.prompt, self.answer, self.messages = text, prompt, answer, messages
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.batch_size = batch_size
+        self.packing = packing
+        self.validation_fraction = validation_fraction
+        self.streaming = streaming
+        self.shuffle_buffer = shuffle_buffer
+        self.prompt_length = max(1, max_length // 2) if prompt_length is None else prompt_length
+        self.num_workers = num_workers
+        self.seed = seed
+        self._examples: dict[str, Examples] = {}
+        self._found_tokenizer: Any = None
+        self._check_arguments()
+
+    def prepare_data(self) -> None:
+        """Downloads hub data sets, on one process only; `datasets` keeps them in its cache."""
+        for stage, sources in self.sources.items():
+            for source in [sources] if isinstance(sources, str) else sources or []:
+                if is_on_hub(source) and not (self.streaming and stage == "train"):
+                    load_hub(source, stage, self.hub_config, streaming=False)
+
+    def setup(self, stage: str) -> None:
+        """Takes `val_dataloader` away from a fit that has nothing to validate on.
+
+        Lightning then skips validation; an empty loader would do too, but not without a warning.
+        """
+        if stage == "fit" and not self._validates:
+            self.val_dataloader = None  # type: ignore[assignment]
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Shuffled batches to train on, from the place at which the trainer stands."""
+        if self.trainer:
+            settle(self.trainer)
+        common: dict[str, Any] = {
+            "batch_size": self.batch_size,
+            "collate": self._collate(),
+            "place": partial(place_of, self.trainer) if self.trainer else lambda: (0, 0),
+            "seed": self.seed,
+            "num_workers": self.num_workers,
+            **self._processes(),
+        }
+        if self.streaming:
+            encoder = self._encoder()  # one example here, so that wrong input is found before a worker starts
+            first = next(encode_all(encoder, self._records("train", streaming=True)), None)
+            self._check_some_left("train", encoder, first is not None)
+            return StreamLoader(self._stream, **common)
+        shuffle = not getattr(self.trainer, "overfit_batches", 0)
+        examples = self._in_memory("train")
+        return RowLoader(examples, self._rows(examples, shuffle), shuffle=shuffle, **common)
+
+    def val_dataloader(self) -> RowLoader:
+        """Batches to validate on, in the order of the source."""
+        if not self._validates:
+            raise UserError(
+                "nothing to validate on: give `validation`" + " (a stream holds nothing out)" * self.streaming
+            )
+        return self._fixed_order("validation")
+
+    def test_dataloader(self) -> RowLoader:
+        """Batches to test on, in the order of the source."""
+        return self._fixed_order("test")
+
+    def predict_dataloader(self) -> DataLoader:
+        """Prompts without answers, padded on the left, one process making them all."""
+        encoder = self._encoder()
+        prompts = [encoder.prompt(record, number) for number, record in enumerate(self._records("predict"), start=1)]
+        if not prompts:
+            raise UserError(f"predict: {self.sources['predict']!r} holds no records")
+        if not all(ids for _, ids in prompts):
+            raise UserError(
+                "predict: a prompt is empty and the tokenizer puts nothing before it: leave such records out"
+            )
+        cut = sum(len(ids) > self.prompt_length for _, ids in prompts)
+        if cut:
+            rank_zero_warn(
+                f"predict: {cut} of {len(prompts)} prompts lost their beginning: they are longer than prompt_length ="
+                f" {self.prompt_length} tokens"
+            )
+        shortened: Any = [(text, ids[-self.prompt_length :]) for text, ids in prompts]
+        return DataLoader(
+            shortened,
+            batch_size=self.batch_size,
+            collate_fn=partial(prompt_batch, pad=pad_token(self._tokenizer())),
+            generator=torch.Generator(),
+        )
+
+    def _check_arguments(self) -> None:
+        kinds = {"text": self.text, "prompt/answer": self.prompt or self.answer, "messages": self.messages}
+        given = [name for name, value in kinds.items() if value is not None]
+        if len(given) > 1:
+            raise UserError(f"{' and '.join(given)} exclude each other: give one of them")
+        if (self.prompt is None) != (self.answer is None):
+            raise UserError("`prompt` and `answer` belong together: give both")
+        if self.max_length < 2:
+            raise UserError(f"max_length is {self.max_length}: a row needs at least 2 tokens, one to predict another")
+        at_least = {"batch_size": 1, "shuffle_buffer": 1, "prompt_length": 1, "num_workers": 0, "seed": 0}
+        for name, least in at_least.items():
+            if getattr(self, name) < least:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least {least}")
+        if not 0 <= self.validation_fraction < 1:
+            raise UserError(f"validation_fraction is {self.validation_fraction}: it must be in [0, 1)")
+
+    @property
+    def _validates(self) -> bool:
+        return bool(self.sources["validation"] or (self.validation_fraction and not self.streaming))
+
+    def _need(self, stage: str) -> str | list[str]:
+        if not (sources := self.sources[stage]):
+            raise UserError(f"no source of data for this: give `{stage}`")
+        return sources
+
+    def _records(self, stage: str, streaming: bool = False) -> Iterator[dict[str, Any]]:
+        return read_records(self._need(stage), stage, self.hub_config, streaming)
+
+    def _in_memory(self, stage: str) -> Examples:
+        """The examples of a split; tokenised when first asked for."""
+        if stage not in self._examples:
+            if stage in ("train", "validation") and not self.sources["validation"] and self.validation_fraction:
+                records = list(self._records("train"))
+                train, validation = hold_out(records, self.validation_fraction, self._random(0, 1))
+                self._examples["train"] = self._encode("train", train)
+                self._examples["validation"] = self._encode("validation (held out of train)", validation)
+            else:
+                self._examples[stage] = self._encode(stage, self._records(stage))
+        return self._examples[stage]
+
+    def _encode(self, name: str, records: Iterable[dict[str, Any]]) -> Examples:
+        encoder = self._encoder()
+        examples = Examples(encode_all(encoder, records))
+        self._check_some_left(name, encoder, len(examples))
+        if encoder.truncated or encoder.dropped:
+            rank_zero_warn(
+                f"{name}: {encoder.truncated} of {len(examples) + encoder.dropped} examples were cut to max_length ="
+                f" {self.max_length} tokens; {encoder.dropped} were left out because nothing to learn remained"
+            )
+        return examples
+
+    def _check_some_left(self, name: str, encoder: Encoder, count: int) -> None:
+        if not count and encoder.dropped:
+            raise UserError(
+                f"{name}: in none of {encoder.dropped} examples anything to learn lies within the first max_length ="
+                f" {self.max_length} tokens: raise max_length or check the answers"
+            )
+        if not count:
+            raise UserError(f"{name}: the data set is empty")
+
+    def _stream(self, epoch: int) -> Iterator[Sequence[Example]]:
+        """The rows of an epoch of streamed training data."""
+        encoder = self._encoder()
+        examples = encode_all(encoder, self._records("train", streaming=True))
+        if epoch == 0:
+            examples = warn_at_first_cut(encoder, examples)
+        examples = shuffled(examples, self.shuffle_buffer, self._random(epoch, 0))
+        return pack(examples, len, self.max_length) if self.packing else ([example] for example in examples)
+
+    def _rows(self, examples: Examples, shuffle: bool) -> Sequence[Sequence[int]]:
+        """Which examples each row holds.
+
+        Rows are packed once: no example sees its neighbours, so an epoch needs new company no more than a new length,
+        and every epoch has the same number of batches, which Lightning asks for only once.
+        """
+        if not self.packing:
+            return np.arange(len(examples))[:, None]  # type: ignore[return-value]
+        order = self._random(0, 2).permutation(len(examples)) if shuffle else np.arange(len(examples))
+        return list(pack(order.tolist(), examples.lengths.tolist().__getitem__, self.max_length))
+
+    def _fixed_order(self, stage: str) -> RowLoader:
+        examples = self._in_memory(stage)
+        return RowLoader(
+            examples,
+            self._rows(examples, shuffle=False),
+            self.batch_size,
+            self._collate(),
+            num_workers=self.num_workers,
+            **self._processes(),
+        )
+
+    def _random(self, epoch: int, purpose: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, epoch, purpose])
+
+    def _processes(self) -> dict[str, Any]:
+        """This process's place among those that share the data (not all do under tensor parallelism)."""
+        shares = (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
+        return {"rank": shares["rank"], "world_size": shares["num_replicas"]}
+
+    def _collate(self) -> Collate:
+        if self.packing:
+            return partial(packed_batch, row_length=self.max_length, pad=pad_token(self._tokenizer()))
+        return partial(padded_batch, pad=pad_token(self._tokenizer()))
+
+    def _encoder(self) -> Encoder:
+        tokenizer = self._tokenizer()
+        if self.messages is not None:
+            return ChatEncoder(tokenizer, self.max_length, self.messages)
+        if self.prompt is not None and self.answer is not None:
+            return AnswerEncoder(tokenizer, self.max_length, self.prompt, self.answer)
+        return TextEncoder(tokenizer, self.max_length, self.text or "text")
+
+    def _tokenizer(self) -> Any:
+        """The tokenizer, found when first needed: the model may bring it only with its own setup."""
+        if self._found_tokenizer is None:
+            module = self.trainer.lightning_module if self.trainer else None
+            found = find_tokenizer(self.tokenizer, module)
+            check_length(self.max_length, found, module)
+            self._found_tokenizer = found
+        return self._found_tokenizer

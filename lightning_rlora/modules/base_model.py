@@ -1,0 +1,89 @@
+"""Loading pretrained models and tokenizers, with one clear line where that fails."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lightning_rlora.assets import resolve
+from lightning_rlora.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_base(base: str, *, dtype: str, quantization: str | None, trust_remote_code: bool) -> "PreTrainedModel":
+    """A causal language model from the hub, a folder or the package.
+
+    Args:
+        base: Hub id, folder, or `embedded:` name.
+        dtype: Name of the weights' torch dtype.
+        quantization: `4bit`, `8bit` or None.
+        trust_remote_code: Run code from the model's repository.
+
+    Raises:
+        UserError: If there is no such model, its files are broken, or it is not a causal language model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
+    if quantization is not None:
+        options |= {"quantization_config": _quantization_config(quantization, options["dtype"])}
+        if not torch.cuda.is_available():
+            options["device_map"] = "cpu"
+    try:
+        return AutoModelForCausalLM.from_pretrained(resolve(base), **options)
+    except UserError:
+        raise
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise UserError(_explain(base, error)) from error
+    except Exception as error:
+        if type(error).__name__ == "SafetensorError":
+            raise UserError(_explain(base, error)) from error
+        raise
+
+
+def load_tokenizer(base: str, *, trust_remote_code: bool) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a base model; a missing padding token becomes the end-of-text token.
+
+    Raises:
+        UserError: If there is none, or it has no end-of-text token.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve(base), trust_remote_code=trust_remote_code)
+    except UserError:
+        raise
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise UserError(_explain(base, error)) from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {base!r} has no end-of-text token, which training needs to end answers with")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _quantization_config(quantization: str, dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "4bit":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_use_double_quant=True,
+        )
+    return BitsAndBytesConfig(load_in_8bit=True)
+
+
+def _explain(base: str, error: Exception) -> str:
+    """One line on why a base could not be loaded."""
+    if not base.startswith("embedded:") and not Path(base).exists():
+        return f"cannot load the base model {base!r}: there is no such folder, and the hub does not give it ({_short(error)})"
+    return f"cannot load the base model {base!r}: {_short(error)}"
+
+
+def _short(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 200 else text[:200] + " ..."

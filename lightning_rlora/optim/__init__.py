@@ -1,0 +1,16 @@
+"""Optimizers on the fixed-rank manifold, their parameter groups, and learning-rate schedules."""
+
+from lightning_rlora.optim.fixed_rank import FixedRankOptimizer
+from lightning_rlora.optim.groups import parameter_groups
+from lightning_rlora.optim.riemannian_sgd import RiemannianSGD
+from lightning_rlora.optim.riemannion import Riemannion
+from lightning_rlora.optim.schedules import CosineWithWarmup, LinearWithWarmup
+
+__all__ = [
+    "CosineWithWarmup",
+    "FixedRankOptimizer",
+    "LinearWithWarmup",
+    "RiemannianSGD",
+    "Riemannion",
+    "parameter_groups",
+]

@@ -1,0 +1,59 @@
+"""Learning-rate schedules over a whole run: warm up, then decay to zero."""
+
+import math
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from lightning_rlora.errors import UserError
+
+
+class LinearWithWarmup(LambdaLR):
+    """Rise linearly over the first steps, then fall linearly to zero at the last.
+
+    Args:
+        optimizer: Whose learning rates are scheduled.
+        warmup: Share of the run, from 0 to below 1, over which the rate rises.
+        total_steps: Number of optimizer steps of the run. In the configuration of a module of this package it is left
+            out: the module fills in the trainer's number.
+    """
+
+    def __init__(self, optimizer: Optimizer, warmup: float = 0.1, total_steps: int | None = None) -> None:
+        if not 0 <= warmup < 1:
+            raise UserError(f"warmup = {warmup} is a share of the run: give a number from 0 to below 1")
+        self.warmup = warmup
+        self.total_steps = total_steps
+        super().__init__(optimizer, self._multiplier)
+
+    def set_total_steps(self, total_steps: int) -> None:
+        """Fill in the length of the run, before its first step."""
+        self.total_steps = total_steps
+        for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+            group["lr"] = base * self._multiplier(self.last_epoch)
+        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+    def _multiplier(self, step: int) -> float:
+        if self.total_steps is None:
+            return 0.0  # until the module has told the number of steps
+        rise = self.warmup * self.total_steps
+        if step < rise:
+            return (step + 1) / (rise + 1)
+        return self._decay(min(1.0, (step - rise) / max(1.0, self.total_steps - rise)))
+
+    def _decay(self, progress: float) -> float:
+        """From 1 at the end of the warm-up to 0 at the end of the run."""
+        return 1 - progress
+
+
+class CosineWithWarmup(LinearWithWarmup):
+    """Rise linearly over the first steps, then fall along half a cosine to zero at the last.
+
+    Args:
+        optimizer: Whose learning rates are scheduled.
+        warmup: Share of the run, from 0 to below 1, over which the rate rises.
+        total_steps: Number of optimizer steps of the run. In the configuration of a module of this package it is left
+            out: the module fills in the trainer's number.
+    """
+
+    def _decay(self, progress: float) -> float:
+        return 0.5 * (1 + math.cos(math.pi * progress))
