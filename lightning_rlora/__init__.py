@@ -1,1 +1,51 @@
-"""."""
+"""Low-rank adapters as points of the fixed-rank manifold, for PyTorch Lightning.
+
+The names below are loaded when they are first used, since Lightning takes seconds to import.
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_rlora.adapters import export_adapter, find_pairs, merge_adapter
+    from lightning_rlora.callbacks import AdapterOnlyCheckpoint, LocallyOptimalInit, Retraction, SpectrumMonitor
+    from lightning_rlora.data import TextData
+    from lightning_rlora.errors import UserError
+    from lightning_rlora.init import locally_optimal_init
+    from lightning_rlora.modules import CausalLM
+    from lightning_rlora.optim import RiemannianSGD, Riemannion
+
+_HOMES = {
+    "adapters": ("export_adapter", "find_pairs", "merge_adapter"),
+    "callbacks": ("AdapterOnlyCheckpoint", "LocallyOptimalInit", "Retraction", "SpectrumMonitor"),
+    "data": ("TextData",),
+    "errors": ("UserError",),
+    "init": ("locally_optimal_init",),
+    "modules": ("CausalLM",),
+    "optim": ("RiemannianSGD", "Riemannion"),
+}
+
+__version__ = version("lightning-rlora")
+__all__ = [
+    "AdapterOnlyCheckpoint",
+    "CausalLM",
+    "LocallyOptimalInit",
+    "Retraction",
+    "RiemannianSGD",
+    "Riemannion",
+    "SpectrumMonitor",
+    "TextData",
+    "UserError",
+    "export_adapter",
+    "find_pairs",
+    "locally_optimal_init",
+    "merge_adapter",
+]
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"lightning_rlora.{home}"), name)
+    raise AttributeError(f"module 'lightning_rlora' has no attribute {name!r}")

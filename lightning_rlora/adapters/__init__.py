@@ -5,7 +5,7 @@ from lightning_rlora.adapters.export import export_adapter, merge_adapter
 from lightning_rlora.adapters.gauge import balanced_factors, group_by_shape, read_point, read_points, write_point
 from lightning_rlora.adapters.offset import BaseOffset, get_offset, offset_factors, track_offsets
 from lightning_rlora.adapters.pairs import LoraPair, LoraScan, find_pairs, matrix, scan
-from lightning_rlora.adapters.state import adapter_keys, check_adapter, keep_adapter
+from lightning_rlora.adapters.state import adapter_keys, check_adapter, keep_adapter, read_checkpoint
 
 __all__ = [
     "BaseOffset",
@@ -27,6 +27,7 @@ __all__ = [
     "matrix",
     "merge_adapter",
     "offset_factors",
+    "read_checkpoint",
     "read_point",
     "read_points",
     "scan",

@@ -27,7 +27,7 @@ def adapter_config(fields: Mapping[str, Any]) -> PeftConfig:
     kind = fields.pop("peft_type", "LORA")
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING.get(getattr(kind, "value", kind))
     if config_class is None:
-        raise UserError(f"unknown peft_type {kind!r} of the adapter: use one of {', '.join(PEFT_TYPE_TO_CONFIG_MAPPING)}")
+        raise UserError(f"unknown peft_type {kind!r} of the adapter: use {', '.join(PEFT_TYPE_TO_CONFIG_MAPPING)}")
     known = inspect.signature(config_class).parameters
     for field in fields:
         if field not in known:

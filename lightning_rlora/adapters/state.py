@@ -1,8 +1,11 @@
 """What a checkpoint must hold of an adapted model: everything but the frozen base."""
 
+import pickle
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_rlora.adapters.offset import NAME
@@ -51,3 +54,17 @@ def check_adapter(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
             raise UserError(
                 f"the checkpoint's '{key}' has no place in the model: it was made with other target modules"
             )
+
+
+def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """The contents of a checkpoint file: tensors and plain data, no code.
+
+    Raises:
+        UserError: If the file does not exist, is truncated, or holds more than tensors and plain data.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"there is no checkpoint {path}")
+    try:
+        return torch.load(path, map_location=map_location, weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError) as error:
+        raise UserError(f"{path} is truncated or no checkpoint of this program: use another one") from error

@@ -12,8 +12,8 @@ from lightning_rlora.adapters import check_adapter, keep_adapter
 class AdapterOnlyCheckpoint(Callback):
     """Makes every checkpoint hold what trains and the offset of the base, but not the frozen base.
 
-    Optimizer, scheduler, loop and callback states are kept as they are. The module must build its base model itself, since a
-    resume takes the base from there. The modules of this package do all this without the callback.
+    Optimizer, scheduler, loop and callback states are kept as they are. The module must build its base model itself,
+    since a resume takes the base from there. The modules of this package do all this without the callback.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

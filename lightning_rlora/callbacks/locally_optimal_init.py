@@ -27,21 +27,21 @@ class LocallyOptimalInit(Callback):
     """Starts the adapters where their tangent spaces hold the most of the loss gradient, once, before the first step.
 
     Runs 2 (power_steps + 1) passes over the first batches of the training data, with dropout off and the random state
-    restored afterwards, and sets every LoRA pair to X0 = alpha U_{1..r} V_{r+1..2r}^T. A resumed run does not repeat it:
-    the checkpoint knows that it is done, and holds the offset of the base with the adapter.
+    restored afterwards, and sets every LoRA pair to X0 = alpha U_{1..r} V_{r+1..2r}^T. A resumed run does not repeat
+    it: the checkpoint knows that it is done, and holds the offset of the base with the adapter.
 
-    The loss is `training_step`'s, with logging silenced. Where there is none to call (manual optimization), pass `loss`.
-    Under 16-mixed precision the passes run in bfloat16, which needs no loss scale.
+    The loss is `training_step`'s, with logging silenced. Where there is none to call (manual optimization), pass
+    `loss`. Under 16-mixed precision the passes run in bfloat16, which needs no loss scale.
 
     Args:
         alpha: All singular values of the start are |alpha|; by default the paper's -0.01 / sqrt(r).
         batches: Number of training batches whose mean gradient is used.
         oversampling: Extra columns of the sketches beyond 2r.
         power_steps: Power iterations; each costs two more passes.
-        offset: `subtract` shifts the base by X0, so that the function is unchanged. `none` leaves the base alone, and the
-            function moves by X0, which is orthogonal to the gradient. `auto` subtracts from float32 bases, never from
-            quantised ones, and for bfloat16 and float16 bases, where the shift is partly lost to rounding, takes what
-            changes the loss less.
+        offset: `subtract` shifts the base by X0, so that the function is unchanged. `none` leaves the base alone, and
+            the function moves by X0, which is orthogonal to the gradient. `auto` subtracts from float32 bases, never
+            from quantised ones, and for bfloat16 and float16 bases, where the shift is partly lost to rounding, takes
+            what changes the loss less.
         seed: Of the random sketches.
         loss: Loss of a batch, `loss(module, batch)`, in place of `training_step`.
 
@@ -165,7 +165,8 @@ class LocallyOptimalInit(Callback):
         gaps = sorted(start.gap for start in self.starts)
         return (
             f"Locally optimal initialisation of {len(self.starts)} layers: {100 * sum(shares) / len(shares):.0f} % of "
-            f"|gradient|^2 in the tangent spaces on average (least {100 * least.captured:.0f} % in {least.name}), median "
+            f"|gradient|^2 in the tangent spaces on average (least {100 * least.captured:.0f} % in {least.name}), "
+            f"median "
             f"gap {gaps[len(gaps) // 2]:.2f}, alpha {least.alpha:.3g}, offset {self.offset_taken}, loss "
             f"{self.loss_before:.6f} -> {self.loss_after:.6f}"
         )
@@ -223,7 +224,7 @@ def _swap_bases(pairs: list[LoraPair], others: list[Tensor]) -> list[Tensor]:
 
 @contextmanager
 def _quiet(module: LightningModule) -> Iterator[None]:
-    """Dropout off and logging silenced; gradient checkpointing, which PEFT's and HF's layers tie to training, stays on."""
+    """Dropout off and logging silenced; gradient checkpointing, which layers tie to training mode, stays on."""
     training = {m: m.training for m in module.modules()}
     with ExitStack() as stack:
         for m, mode in training.items():

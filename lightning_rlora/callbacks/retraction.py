@@ -15,17 +15,18 @@ from lightning_rlora.optim.balance import balance, imbalance
 
 
 class Retraction(Callback):
-    """Leaves every adapter in the balanced gauge, B = U sqrt(s / c) and A = sqrt(s / c) V^T, after each real optimizer step.
+    """Leaves every adapter in the balanced gauge after each real optimizer step.
 
-    What it does depends on the optimizer, and it says which at the start of training:
+    In that gauge a point X = U diag(s) V^T is stored as B = U sqrt(s / c) and A = sqrt(s / c) V^T. What the callback does
+    for it depends on the optimizer, and it says which at the start of training:
 
-    - `Riemannion` and `RiemannianSGD` retract to the balanced point in their own step. Here the callback only *checks* the
-      invariants, every `check_every` steps, and heals factors that drifted further than `tolerance` (changed from
-      outside, for example); the optimizer carries its momentum to the new bases by itself.
-    - Any other optimizer (AdamW, SGD, ...) moves A and B as free parameters. Here the callback *does* the retraction: after
-      every step it re-factors each product c B A, which does not change, into its balanced form, and moves the first
-      moments (`exp_avg`, `momentum_buffer`) along by the rule of gradients. Second moments cannot be moved and stay. A pair
-      whose product is not of full rank (PEFT's B = 0 before the first step) is left alone until it is.
+    - `Riemannion` and `RiemannianSGD` retract to the balanced point in their own step. Here the callback only *checks*
+      the invariants, every `check_every` steps, and heals factors that drifted further than `tolerance` (changed from
+      outside, say); the optimizer carries its momentum to the new bases by itself.
+    - Any other optimizer (AdamW, SGD, ...) moves A and B as free parameters. Here the callback *does* the retraction:
+      after every step it re-factors each product c B A, which does not change, into its balanced form, and moves the
+      first moments (`exp_avg`, `momentum_buffer`) along by the rule of gradients. Second moments cannot be moved and
+      stay. A pair whose product is not of full rank (PEFT's B = 0 before the first step) is left alone until it is.
 
     Steps are real ones: none for the micro-batches of an accumulation, none for a step that a gradient scaler skips.
 

@@ -53,7 +53,8 @@ def packed_batch(rows: Sequence[Sequence[Example]], row_length: int, pad: int) -
     """Makes a batch of packed rows.
 
     Positions restart at each example. Without an attention mask transformers takes that as the border between
-    documents and lets no token see another document; the padding at a row's end is one more such document.
+    documents and lets no token see another document; the padding at a row's end is one more such document. It does so
+    only when called with ``use_cache=False``.
 
     Args:
         rows: The examples of each row.

@@ -11,7 +11,15 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from lightning_rlora.data.chat import ChatEncoder
-from lightning_rlora.data.examples import AnswerEncoder, Encoder, Example, Examples, TextEncoder, encode_all, warn_at_first_cut
+from lightning_rlora.data.examples import (
+    AnswerEncoder,
+    Encoder,
+    Example,
+    Examples,
+    TextEncoder,
+    encode_all,
+    warn_at_first_cut,
+)
 from lightning_rlora.data.loader import Collate, ResumableLoader, RowLoader, StreamLoader, shuffled
 from lightning_rlora.data.packing import pack, packed_batch, padded_batch, prompt_batch
 from lightning_rlora.data.place import place_of, settle
@@ -37,6 +45,9 @@ class TextData(LightningDataModule):
     `attention_mask` (padding), int64 of shape (batch_size, length). Batches of predict hold `input_ids` and
     `attention_mask`, padded on the left, and `prompt`, the list of texts.
 
+    Call the model on packed rows with ``use_cache=False``, as training always should be: with a cache, transformers
+    ignores the borders between documents without a word.
+
     Args:
         train: Source or list of sources to train on.
         validation: Source or list of sources to validate on. Without one, a part of the training documents is held out
@@ -57,8 +68,8 @@ class TextData(LightningDataModule):
         validation_fraction: Part of the training documents that is held out when there is no validation source.
         streaming: Whether to read the training data as they are needed instead of keeping them in memory.
         shuffle_buffer: How many examples a stream keeps waiting in order to shuffle them.
-        prompt_length: Longest prompt of predict in tokens; longer ones lose their beginning. Without it, half of
-            max_length, so that room is left for an answer.
+        prompt_length: Longest prompt of predict in tokens; longer ones lose their beginning. Without it, what
+            max_length leaves beside the model's max_new_tokens (or half, if the model names none).
         num_workers: Processes that make batches (0: the training process itself; a stream uses at most one).
         seed: Seeds the held-out part and the order of the examples.
 
@@ -101,7 +112,7 @@ class TextData(LightningDataModule):
         self.validation_fraction = validation_fraction
         self.streaming = streaming
         self.shuffle_buffer = shuffle_buffer
-        self.prompt_length = max(1, max_length // 2) if prompt_length is None else prompt_length
+        self.prompt_length = prompt_length
         self.num_workers = num_workers
         self.seed = seed
         self._examples: dict[str, Examples] = {}
@@ -166,13 +177,14 @@ class TextData(LightningDataModule):
             raise UserError(
                 "predict: a prompt is empty and the tokenizer puts nothing before it: leave such records out"
             )
-        cut = sum(len(ids) > self.prompt_length for _, ids in prompts)
+        longest = self._longest_prompt()
+        cut = sum(len(ids) > longest for _, ids in prompts)
         if cut:
             rank_zero_warn(
                 f"predict: {cut} of {len(prompts)} prompts lost their beginning: they are longer than prompt_length ="
-                f" {self.prompt_length} tokens"
+                f" {longest} tokens"
             )
-        shortened: Any = [(text, ids[-self.prompt_length :]) for text, ids in prompts]
+        shortened: Any = [(text, ids[-longest:]) for text, ids in prompts]
         return DataLoader(
             shortened,
             batch_size=self.batch_size,
@@ -191,7 +203,7 @@ class TextData(LightningDataModule):
             raise UserError(f"max_length is {self.max_length}: a row needs at least 2 tokens, one to predict another")
         at_least = {"batch_size": 1, "shuffle_buffer": 1, "prompt_length": 1, "num_workers": 0, "seed": 0}
         for name, least in at_least.items():
-            if getattr(self, name) < least:
+            if getattr(self, name) is not None and getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least {least}")
         if not 0 <= self.validation_fraction < 1:
             raise UserError(f"validation_fraction is {self.validation_fraction}: it must be in [0, 1)")
@@ -271,6 +283,18 @@ class TextData(LightningDataModule):
             **self._processes(),
         )
 
+    def _longest_prompt(self) -> int:
+        if self.prompt_length is not None:
+            return self.prompt_length
+        new_tokens = getattr(self._module, "max_new_tokens", self.max_length // 2)
+        if new_tokens >= self.max_length:
+            raise UserError(f"max_length is {self.max_length}: that leaves no prompt beside {new_tokens} new tokens")
+        return self.max_length - new_tokens
+
+    @property
+    def _module(self) -> Any:
+        return self.trainer.lightning_module if self.trainer else None
+
     def _random(self, epoch: int, purpose: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, epoch, purpose])
 
@@ -295,8 +319,7 @@ class TextData(LightningDataModule):
     def _tokenizer(self) -> Any:
         """The tokenizer, found when first needed: the model may bring it only with its own setup."""
         if self._found_tokenizer is None:
-            module = self.trainer.lightning_module if self.trainer else None
-            found = find_tokenizer(self.tokenizer, module)
-            check_length(self.max_length, found, module)
+            found = find_tokenizer(self.tokenizer, self._module)
+            check_length(self.max_length, found, self._module)
             self._found_tokenizer = found
         return self._found_tokenizer

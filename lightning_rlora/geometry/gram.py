@@ -1,8 +1,8 @@
 """The small linear algebra of the fast step: orthonormal bases from Gram matrices, without touching a tall matrix.
 
-A tall W (m, k) never needs a QR here. Its Gram matrix N = W^T W gives R with R^T R = N, and W R^-1 has orthonormal columns.
-Everything is batched and in float64: products of two float32 numbers are exact there, so the differences that a projection
-takes do not drown in rounding.
+A tall W (m, k) never needs a QR here. Its Gram matrix N = W^T W gives R with R^T R = N, and W R^-1 has orthonormal
+columns. Everything is batched and in float64: products of two float32 numbers are exact there, so the differences that
+a projection takes do not drown in rounding.
 """
 
 import torch
@@ -30,8 +30,8 @@ def cholesky_root(n: Tensor) -> tuple[Tensor, Tensor]:
 def range_root(n: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
     """R with R^T R = N and T with T^T N T = 1 on the range of N (..., k, k), positive semidefinite, float64.
 
-    Eigenvalues at or below floor (...) count as zero: their columns of T and rows of R vanish, so W T has orthonormal columns
-    for the directions that exist and zero columns for those that do not.
+    Eigenvalues at or below floor (...) count as zero: their columns of T and rows of R vanish, so W T has orthonormal
+    columns for the directions that exist and zero columns for those that do not.
     """
     values, vectors = torch.linalg.eigh(n)
     kept = values > floor.unsqueeze(-1)

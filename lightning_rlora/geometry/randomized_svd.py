@@ -9,6 +9,9 @@ from torch import Tensor
 Multiply = Callable[[list[Tensor]], list[Tensor]]
 """Multiplies every matrix of a list with its own block of vectors: one call, one block in and out per matrix."""
 
+_DISTINCT = 0.1
+"""Sine-like distance under which a direction of one basis counts as part of the other."""
+
 
 class Svd(NamedTuple):
     """Singular triplets of an m x n matrix, the largest singular value first.
@@ -40,7 +43,9 @@ def randomized_svd(
 
     The range finder of Halko, Martinsson and Tropp (2011, algorithms 4.4 and 5.1): Q spans (G G^T)^q G Omega, with a
     QR between any two products so that small singular values are not lost to rounding, and G is replaced by Q Q^T G.
-    Makes 2 (power_steps + 1) calls in all, `multiply` and `multiply_transposed` in turn.
+    The range of the iteration before, whose products are at hand, is joined to it, as in a block Krylov method: where
+    singular values decay slowly this gains as much as a power step. Makes 2 (power_steps + 1) calls in all, `multiply`
+    and `multiply_transposed` in turn.
 
     Args:
         multiply: From blocks (n_i, k_i) to G_i times the block, (m_i, k_i).
@@ -68,14 +73,34 @@ def randomized_svd(
         for (_, n), k in zip(shapes, widths, strict=True)
     ]
     bases = orthonormal(multiply(sketches))
-    for _ in range(power_steps):
-        bases = orthonormal(multiply(orthonormal(multiply_transposed(bases))))
     products = multiply_transposed(bases)
-    return [_svd_from_range(q, gt_q.to(device=device, dtype=dtype)) for q, gt_q in zip(bases, products, strict=True)]
+    earlier: tuple[list[Tensor], list[Tensor]] | None = None
+    for _ in range(power_steps):
+        earlier = bases, products
+        bases = orthonormal(multiply(orthonormal(products)))
+        products = multiply_transposed(bases)
+    results = []
+    for i, k in enumerate(widths):
+        qs, gt_qs = [bases[i]], [products[i]]
+        if earlier is not None:
+            qs, gt_qs = [bases[i], earlier[0][i]], [products[i], earlier[1][i]]
+        gt_q = torch.cat([product.to(device=device, dtype=dtype) for product in gt_qs], -1)
+        results.append(_svd_from_range(*_one_basis(torch.cat(qs, -1), gt_q), k))
+    return results
 
 
-def _svd_from_range(q: Tensor, gt_q: Tensor) -> Svd:
-    """Return the SVD of q (G^T q)^T, with the only SVD taken of a k x k matrix."""
+def _one_basis(q: Tensor, gt_q: Tensor) -> tuple[Tensor, Tensor]:
+    """An orthonormal basis of the columns of q, itself two bases side by side, and G^T times it, from G^T q.
+
+    Directions that both bases nearly share would divide rounding by their small distance, and are dropped.
+    """
+    u, s, zt = torch.linalg.svd(q, full_matrices=False)
+    kept = s > _DISTINCT
+    return u[:, kept], (gt_q @ zt.mT / s.clamp_min(_DISTINCT))[:, kept]
+
+
+def _svd_from_range(q: Tensor, gt_q: Tensor, k: int) -> Svd:
+    """The first k triplets of q (G^T q)^T, with the only SVD taken of a small matrix."""
     v, small = torch.linalg.qr(gt_q)
     p, s, wt = torch.linalg.svd(small)
-    return Svd(q @ wt.mT, s, v @ p)
+    return Svd((q @ wt.mT)[:, :k], s[:k], (v @ p)[:, :k])

@@ -80,7 +80,7 @@ def _quantization_config(quantization: str, dtype: torch.dtype) -> Any:
 def _explain(base: str, error: Exception) -> str:
     """One line on why a base could not be loaded."""
     if not base.startswith("embedded:") and not Path(base).exists():
-        return f"cannot load the base model {base!r}: there is no such folder, and the hub does not give it ({_short(error)})"
+        return f"cannot load the base model {base!r}: no such folder, and not to be had from the hub ({_short(error)})"
     return f"cannot load the base model {base!r}: {_short(error)}"
 
 

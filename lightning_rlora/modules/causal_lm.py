@@ -43,18 +43,18 @@ class CausalLM(LightningModule):
     Subclasses change the loss by `loss`, the data by their DataModule, the optimizer by the factory or
     `configure_optimizers`.
 
-    Batches are dictionaries of int64 tensors (batch, tokens): `input_ids`, `labels` (-100 where no loss is taken; not shifted)
-    and `attention_mask` or, for packed rows, `position_ids` that restart at each document.
+    Batches are dictionaries of int64 tensors (batch, tokens): `input_ids`, `labels` (-100 where no loss is taken; not
+    shifted) and `attention_mask` or, for packed rows, `position_ids` that restart at each document.
 
     Args:
         base: Hub id or folder of the pretrained model, or `embedded:tiny-lm`, the small one in the package.
         adapter: Fields of PEFT's configuration, named as in adapter_config.json: `r`, `lora_alpha`, `lora_dropout`,
-            `target_modules` (`all-linear` if left out), `use_rslora`, `use_dora`, `rank_pattern`, `modules_to_save`, ... and
-            `peft_type` for something else than LORA. From Python also a PeftConfig.
+            `target_modules` (`all-linear` if left out), `use_rslora`, `use_dora`, `rank_pattern`, `modules_to_save`,
+            ... and `peft_type` for something else than LORA. From Python also a PeftConfig.
         adapter_path: Folder of a saved PEFT adapter to train further, in place of a new one.
         optimizer: Makes the optimizer from parameter groups; by default Riemannion with its own defaults.
-        lr_scheduler: Makes the learning-rate scheduler from the optimizer, stepped after each optimizer step. If it has a
-            `total_steps` that is None, the trainer's number of steps is filled in.
+        lr_scheduler: Makes the learning-rate scheduler from the optimizer, stepped after each optimizer step. If it has
+            a `total_steps` that is None, the trainer's number of steps is filled in.
         dtype: Of the base's weights; the adapter's are float32 in any case.
         quantization: Load the base in 4 bits (NF4) or 8 bits with bitsandbytes.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
@@ -128,7 +128,8 @@ class CausalLM(LightningModule):
         loss = self.loss(batch, self(batch))
         if not torch.isfinite(loss):
             raise UserError(
-                f"the training loss is {loss.item()} at step {self.trainer.global_step}: lower the learning rate or its "
+                f"the training loss is {loss.item()} at step {self.trainer.global_step}: lower the learning rate or "
+                f"its "
                 "warm-up, or look for bad input data. Checkpoints written before are intact"
             )
         self.log("train/loss", loss, prog_bar=True)
@@ -202,7 +203,8 @@ class CausalLM(LightningModule):
         elif gradient_clip_val is not None:
             if gradient_clip_algorithm == "value":
                 raise UserError(
-                    "clipping by value breaks the gradient's products on the manifold: use gradient_clip_algorithm='norm'"
+                    "clipping by value breaks the gradient's products on the manifold: use "
+                    "gradient_clip_algorithm='norm'"
                 )
             inner.max_tangent_norm = float(gradient_clip_val) or None
 

@@ -90,7 +90,7 @@ def test_chat_with_markers(make_tokenizer, trim_offsets):
 
 def test_markers_agree_with_the_tokenizers_own_mask(make_tokenizer):
     tokenizer = make_tokenizer(bos=False, chat_template=MARKED)
-    talk = TALK[:3] + [{"role": "assistant", "content": "the mat"}]  # no space in front: the mask is right then
+    talk = [*TALK[:3], {"role": "assistant", "content": "the mat"}]  # no space in front: the mask is right then
     (one,) = ChatEncoder(tokenizer, 128, "m").encode([{"m": talk}], 1)
     own = tokenizer.apply_chat_template(talk, return_assistant_tokens_mask=True, return_dict=True)
     assert one.tokens.tolist() == own["input_ids"]
@@ -123,7 +123,7 @@ def test_templates_that_cannot_be_split(make_tokenizer):
     with pytest.raises(UserError, match="renders earlier turns differently"):
         list(ChatEncoder(make_tokenizer(chat_template=forgetful), 64, "m").encode([{"m": TALK}], 1))
     strict = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(UserError, match="record 5: .*roles must alternate"):
+    with pytest.raises(UserError, match=r"record 5: .*roles must alternate"):
         list(ChatEncoder(make_tokenizer(chat_template=strict), 64, "m").encode([{"m": TALK}], 5))
 
 

@@ -6,6 +6,7 @@ Every run here turns warnings into errors, so Lightning's warning of a loader th
 import logging
 import random
 import warnings
+from itertools import chain
 
 import pytest
 import torch
@@ -14,7 +15,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_rlora.data import TextData
 
-EXPECTED = ("does not have many workers", "LeafSpec", "exists and is not empty", "dirpath has changed")
+EXPECTED = (
+    "does not have many workers",
+    "LeafSpec",
+    "exists and is not empty",
+    "dirpath has changed",
+    "callbacks used to create",
+)
 
 
 class Killed(Exception):
@@ -150,6 +157,18 @@ def test_resume_after_a_resume(fit, tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+def test_resume_from_the_checkpoint_of_an_exception(fit, tmp_path, streaming):
+    data = {"streaming": streaming}
+    whole = fit(data=data, max_epochs=3).seen
+    epoch = [index for index, _ in whole].index(0, 1)
+    for kill in (1, 5, epoch, 2 * epoch - 1):  # in the middle of the step after so many
+        checkpoint = ModelCheckpoint(tmp_path / str(kill), filename="x", save_on_exception=True, every_n_epochs=99)
+        first = fit(kill, data, checkpoint, max_epochs=3).seen
+        (path,) = (tmp_path / str(kill)).glob("*.ckpt")
+        assert first + fit(None, data, None, str(path), max_epochs=3).seen == whole
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 def test_a_run_that_ended_in_mid_epoch_is_prolonged(fit, tmp_path, streaming):
     data = {"streaming": streaming}
     whole = fit(data=data, max_steps=40).seen
@@ -168,7 +187,7 @@ def test_order_depends_on_seed_and_epoch_only(fit):
     first, second = ([tokens for _, tokens in part] for part in (reference[:epoch], reference[epoch:]))
     assert first != second
     # every epoch shows every token once; a row ends in zeros
-    assert sorted(sum(first, [])) == sorted(sum(second, []))
+    assert sorted(chain(*first)) == sorted(chain(*second))
     streamed = fit(data={"streaming": True}, max_epochs=2).seen
     assert fit(data={"streaming": True, "num_workers": 2}, max_epochs=2).seen == streamed
     tokens = lambda seen: sorted(token for _, batch in seen for token in batch if token)  # noqa: E731
@@ -218,4 +237,4 @@ def test_processes_share_the_rows(corpus, letters):
     streams = [StreamLoader(data._stream, 2, collate, rank=rank, world_size=3) for rank in range(3)]
     parts = [[tuple(row) for batch in stream for row in batch["input_ids"].tolist()] for stream in streams]
     assert {len(part) for part in parts} == {len(rows) // 6 * 2}
-    assert len(set(sum(parts, []))) == len(sum(parts, []))  # nobody reads what another reads
+    assert len(set(chain(*parts))) == sum(map(len, parts))  # nobody reads what another reads

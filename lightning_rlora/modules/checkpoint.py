@@ -1,0 +1,46 @@
+"""A module back from a checkpoint file, and an ordinary model as a folder."""
+
+import shutil
+import tempfile
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from lightning_rlora.adapters import read_checkpoint
+from lightning_rlora.errors import UserError
+from lightning_rlora.modules.causal_lm import CausalLM
+
+
+def load_module(path: str | Path) -> CausalLM:
+    """The module that a checkpoint was made from, with its trained adapter and its base, offset included, on the CPU.
+
+    Raises:
+        UserError: If the checkpoint cannot be read, says not how its module was made, or belongs to another base.
+    """
+    settings = read_checkpoint(path).get("hyper_parameters", {})
+    if not settings:
+        raise UserError(f"{path} does not say how its model was made: it is no checkpoint of this program's modules")
+    module_class: Any = CausalLM
+    if "_class_path" in settings:
+        home, _, name = settings["_class_path"].rpartition(".")
+        module_class = getattr(import_module(home), name)
+    return module_class.load_from_checkpoint(path, map_location="cpu", weights_only=True).eval()
+
+
+def save_pretrained(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Save a transformers model and its tokenizer into a new or empty folder, as a whole or not at all.
+
+    Raises:
+        UserError: If the folder holds something.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is not empty: choose a new folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        partial.chmod(0o755)
+        partial.replace(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,94 @@
+"""LightningCLI with this package's defaults: what stands behind fit, validate, test and predict."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from lightning_rlora import callbacks, data, modules, optim  # noqa: F401  - so that configs may use short class names
+from lightning_rlora.callbacks import AdapterExport
+from lightning_rlora.callbacks.atomic_checkpoint_io import AtomicCheckpointIO
+from lightning_rlora.errors import UserError
+
+
+class Parser(LightningArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise a `UserError` with what matters of the message."""
+        raise UserError(condense(message)) from ex
+
+
+def condense(message: str) -> str:
+    """The innermost cause of a jsonargparse message, with the key it is about, in one line."""
+    lines = [line.strip(" -") for line in message.splitlines() if line.strip(" -")]
+    key = re.search(r'[Kk]ey "([^"]+)"', message) or re.search(r"'--?([\w.]+)'", message)
+    causes = [line for line in lines if not re.match(r"(Parser key|Problem with|Not of type|Given value type)", line)]
+    cause = (causes or lines)[-1]
+    text = f"{key.group(1)}: {cause}" if key and key.group(1) not in cause else cause
+    return f"{text[:400]} (see rlora fit --help)"
+
+
+class RloraCLI(LightningCLI):
+    """Subclass mode for model and data, a checkpoint folder in the run's folder, and the callbacks every run has."""
+
+    def __init__(self, args: list[str]) -> None:
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            parser_class=Parser,
+            args=args,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={
+                "logger": False,
+                "default_root_dir": "runs/default",
+                "num_sanity_val_steps": -1,
+                "log_every_n_steps": 10,
+                "callbacks": [AdapterExport(), RichProgressBar()],
+            },
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Checkpoints are configured under `checkpoint`."""
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults(
+            {
+                "checkpoint.save_last": True,
+                "checkpoint.filename": "step={step}",
+                "checkpoint.auto_insert_metric_name": False,
+            }
+        )
+
+    def _parse_ckpt_path(self) -> None:
+        """Keep to the configuration given; Lightning would let the checkpoint's hyperparameters override it."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """A Trainer that writes whole checkpoints or none."""
+        plugins = self._get(self.config_init, "trainer").get("plugins") or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        return super().instantiate_trainer(plugins=[*plugins, AtomicCheckpointIO()], **kwargs)
+
+    def predict(self, **kwargs: Any) -> None:
+        """Write the predictions as JSON lines."""
+        batches = self.trainer.predict(**kwargs) or []
+        path = Path(self.trainer.default_root_dir) / "predictions.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        records = [record for batch in batches for record in batch]  # type: ignore[union-attr]
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        partial.replace(path)
+        print(f"{len(records)} predictions written to {path}")
+
+
+def run_trainer(argv: list[str]) -> None:
+    """Parse the arguments, build everything and run the subcommand."""
+    RloraCLI(argv)
