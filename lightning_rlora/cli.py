@@ -113,11 +113,14 @@ def _quieten() -> None:
 
 def _user_line(error: Exception) -> str | None:
     """The line to print for wrong input or an environment that refuses; None for a bug."""
-    if isinstance(error, UserError | OSError):
-        if isinstance(error, OSError) and error.strerror:
-            where = f": {error.filename}" if error.filename else ""
-            return f"{error.strerror}{where}"
-        return " ".join(str(error).split())
+    cause: BaseException | None = error
+    while cause is not None:  # the configuration parser wraps what a constructor raises
+        if isinstance(cause, UserError):
+            return " ".join(str(cause).split())
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(error, OSError):
+        where = f": {error.filename}" if error.filename else ""
+        return f"{error.strerror or error}{where}"
     module, name = type(error).__module__, type(error).__name__
     if module.startswith("lightning") and name == "MisconfigurationException":
         return " ".join(str(error).split())

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lightning_rlora import callbacks, data, modules, optim  # noqa: F401  - so that configs may use short class names
-from lightning_rlora.callbacks import AdapterExport
+from lightning_rlora.callbacks import AdapterExport, RunRecord
 from lightning_rlora.callbacks.atomic_checkpoint_io import AtomicCheckpointIO
 from lightning_rlora.errors import UserError
 
@@ -25,14 +25,27 @@ class Parser(LightningArgumentParser):
         raise UserError(condense(message)) from ex
 
 
+_NOISE = re.compile(
+    r"Parser key|Problem with|Does not validate|Subtypes:|Errors:|Given value|Expected a <class 'NoneType'>"
+    r"|Expected a path but|Not a valid subclass|Subclass types expect|a class path \(|a dict with"
+)
+
+
 def condense(message: str) -> str:
-    """The innermost cause of a jsonargparse message, with the key it is about, in one line."""
+    """What is wrong and where, in one line, out of jsonargparse's account of every type that it tried."""
+    keys = re.findall(r'Parser key "([^"]+)"', message)
     lines = [line.strip(" -") for line in message.splitlines() if line.strip(" -")]
-    key = re.search(r'[Kk]ey "([^"]+)"', message) or re.search(r"'--?([\w.]+)'", message)
-    causes = [line for line in lines if not re.match(r"(Parser key|Problem with|Not of type|Given value type)", line)]
-    cause = (causes or lines)[-1]
-    text = f"{key.group(1)}: {cause}" if key and key.group(1) not in cause else cause
-    return f"{text[:400]} (see rlora fit --help)"
+    causes = [line for line in lines if not _NOISE.match(line)]
+    cause = (
+        max(causes, key=lambda line: "Literal" in line) if causes else lines[-1]
+    )  # the first, unless one lists values
+    cause = re.sub(r'^Parser key "[^"]+": ', "", cause)
+    cause = re.sub(r"^Expected a dot import path string: (.*)", r"there is no class '\1'", cause)
+    given = re.search(r"Given value: (.*)$", message, re.MULTILINE)
+    if cause.startswith("Expected") and "Got value" not in cause and given:
+        cause += f", not {given.group(1)}"
+    cause = re.sub(r"a typing\.Literal\[(.*?)\]", r"one of \1", cause)
+    return ".".join(dict.fromkeys(keys)) + (": " if keys else "") + cause[:400]
 
 
 class RloraCLI(LightningCLI):
@@ -53,7 +66,7 @@ class RloraCLI(LightningCLI):
                 "default_root_dir": "runs/default",
                 "num_sanity_val_steps": -1,
                 "log_every_n_steps": 10,
-                "callbacks": [AdapterExport(), RichProgressBar()],
+                "callbacks": [RunRecord(), AdapterExport()],
             },
         )
 
@@ -73,8 +86,11 @@ class RloraCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A Trainer that writes whole checkpoints or none."""
-        plugins = self._get(self.config_init, "trainer").get("plugins") or []
+        config = self._get(self.config_init, "trainer")
+        plugins = config.get("plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
+        if config.get("enable_progress_bar") is not False:
+            self.trainer_defaults["callbacks"].append(RichProgressBar())
         return super().instantiate_trainer(plugins=[*plugins, AtomicCheckpointIO()], **kwargs)
 
     def predict(self, **kwargs: Any) -> None:

@@ -1,7 +1,11 @@
 """Putting a PEFT adapter on a model: a new one from its configuration, or a saved one to train further."""
 
 import inspect
-from collections.abc import Mapping
+import json
+import pickle
+import re
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,8 @@ from peft import (
     get_peft_model,
     prepare_model_for_kbit_training,
 )
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, get_peft_model_state_dict, load_peft_weights
+from safetensors import SafetensorError
 from torch import nn
 
 from lightning_rlora.errors import UserError
@@ -27,14 +33,16 @@ def adapter_config(fields: Mapping[str, Any]) -> PeftConfig:
     kind = fields.pop("peft_type", "LORA")
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING.get(getattr(kind, "value", kind))
     if config_class is None:
-        raise UserError(f"unknown peft_type {kind!r} of the adapter: use {', '.join(PEFT_TYPE_TO_CONFIG_MAPPING)}")
+        raise UserError(
+            f"unknown peft_type {kind!r} of the adapter: {_suggest(str(kind), PEFT_TYPE_TO_CONFIG_MAPPING)}"
+        )
     known = inspect.signature(config_class).parameters
     for field in fields:
         if field not in known:
-            raise UserError(f"{config_class.__name__} has no field {field!r}: it knows {', '.join(sorted(known))}")
+            raise UserError(f"{config_class.__name__} has no field {field!r}: {_suggest(field, known)}")
     try:
         return config_class(**fields)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ImportError) as error:
         raise UserError(f"the adapter's configuration is not valid: {_one_line(error)}") from error
 
 
@@ -46,7 +54,7 @@ def adapt(model: nn.Module, config: PeftConfig) -> PeftModel:
     """
     try:
         return get_peft_model(prepare(model), config)
-    except ValueError as error:
+    except (ValueError, TypeError, re.error) as error:
         raise UserError(f"the adapter does not fit the base model: {_one_line(error)}") from error
 
 
@@ -59,14 +67,20 @@ def load_adapter(model: nn.Module, folder: str | Path) -> PeftModel:
     folder = Path(folder)
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"{folder} holds no adapter: there is no adapter_config.json in it")
+    if not any((folder / name).is_file() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
+        raise UserError(f"the adapter in {folder} has no weights: there is no {SAFETENSORS_WEIGHTS_NAME} in it")
     try:
-        return PeftModel.from_pretrained(prepare(model), folder, is_trainable=True)
-    except (RuntimeError, ValueError, KeyError, OSError) as error:
+        adapted = PeftModel.from_pretrained(prepare(model), folder, is_trainable=True)
+        saved = _factor_keys(load_peft_weights(str(folder), device="cpu"))
+    except (SafetensorError, json.JSONDecodeError, pickle.UnpicklingError, EOFError) as error:
+        raise UserError(f"the adapter in {folder} is broken: {_one_line(error)}") from error
+    except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(f"the adapter in {folder} does not fit the base model: {_one_line(error)}") from error
-    except Exception as error:
-        if type(error).__name__ == "SafetensorError":
-            raise UserError(f"the adapter in {folder} is broken: {_one_line(error)}") from error
-        raise
+    # PEFT only warns of factors that find no place or get no values
+    odd = saved ^ _factor_keys(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    if odd:
+        raise UserError(f"the adapter in {folder} does not fit the base model: {min(odd)} is in only one of them")
+    return adapted
 
 
 def prepare(model: nn.Module) -> nn.Module:
@@ -86,6 +100,18 @@ def find_adapted(module: nn.Module) -> nn.Module:
         if isinstance(getattr(candidate, "peft_config", None), dict):
             return candidate
     raise UserError(f"{type(module).__name__} contains no model that PEFT adapted: use get_peft_model")
+
+
+def _suggest(name: str, known: Iterable[str]) -> str:
+    """What may have been meant, or all there is."""
+    values = [str(getattr(k, "value", k)) for k in known]  # PEFT's types are an enumeration
+    names = {value.lower(): value for value in values}
+    close = [names[match] for match in get_close_matches(name.lower(), names, cutoff=0.5)]
+    return f"do you mean {' or '.join(close)}?" if close else f"it knows {', '.join(sorted(names.values()))}"
+
+
+def _factor_keys(state_dict: Mapping[str, Any]) -> set[str]:
+    return {key for key in state_dict if ".lora_" in key}
 
 
 def _one_line(error: Exception) -> str:

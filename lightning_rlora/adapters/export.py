@@ -1,19 +1,24 @@
 """Taking an adapter out: PEFT's format for the pristine base, or an ordinary model with the adapter merged in."""
 
+import re
 import shutil
 import tempfile
 from copy import copy
 from pathlib import Path
 
 import torch
-from peft import PeftModel
-from peft.utils import get_peft_model_state_dict
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora.layer import LoraLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_rlora.adapters.offset import offset_factors
+from lightning_rlora.adapters.offset import offset_factors, untrack_offsets
 from lightning_rlora.adapters.pairs import LoraPair, find_pairs, matrix
 from lightning_rlora.errors import UserError
+
+_ADAPTER_FILES = {"adapter_config.json", SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, "README.md"}
+"""What PEFT writes into an adapter's folder: all that an export may replace."""
 
 
 @torch.no_grad()
@@ -52,37 +57,69 @@ def export_adapter(model: nn.Module, folder: str | Path, *, truncated: bool = Fa
         The largest relative truncation error of any layer, in Frobenius norm; 0 for an exact export.
 
     Raises:
-        UserError: If the model holds no trainable pair.
+        UserError: If the model holds no trainable pair or trains several adapters, if its initialisation changed the
+            base, or if the folder holds other things.
     """
     pairs = find_pairs(model)
-    adapter = pairs[0].adapter
+    adapters = sorted({pair.adapter for pair in pairs})
+    if len(adapters) > 1:
+        raise UserError(f"several adapters train ({', '.join(adapters)}): export one at a time, after set_adapter")
     peft_config = getattr(model, "peft_config", None)
     if peft_config is None:
         raise UserError("only a model that PEFT adapted can be exported: it has no peft_config")
-    config = copy(peft_config[adapter])
-    state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    config = copy(peft_config[adapters[0]])
+    state = get_peft_model_state_dict(model, adapter_name=adapters[0], save_embedding_layers=False)
+    shifted = [pair for pair in pairs if offset_factors(pair) is not None]
+    _settle_start(config, shifted=bool(shifted))
     worst = 0.0
-    if any(offset_factors(pair) is not None for pair in pairs):
-        ranks = {}
-        for pair in pairs:
+    if shifted:
+        ranks, alphas = _ranks_and_alphas(model, adapters[0])
+        for pair in shifted:
             left, right = update_factors(pair)
             if truncated:
                 left, right, error = truncate(left, right, pair.shape[2])
                 worst = max(worst, error)
-            ranks[pair.name] = left.shape[1]
             _replace_factors(state, pair, left, right)
-        # every factor now carries its scale itself, so alpha = r everywhere
-        names = {name.removeprefix("base_model.model."): rank for name, rank in ranks.items()}
-        config.r = config.lora_alpha = max(ranks.values())
-        config.use_rslora = False
-        config.rank_pattern = {f"^{name}": rank for name, rank in names.items() if rank != config.r}
-        config.alpha_pattern = dict(config.rank_pattern)
-    config.init_lora_weights = True  # what made the factors at the start must not run again at loading
+            # these factors carry their scale themselves, so alpha = r
+            ranks[pair.name] = alphas[pair.name] = left.shape[1]
+        _set_ranks(config, ranks, alphas)
     config.inference_mode = True
     if not isinstance(model, PeftModel):
         state = {f"base_model.model.{key}": value for key, value in state.items()}
     _write(Path(folder), config, state)
     return worst
+
+
+def _settle_start(config: LoraConfig, *, shifted: bool) -> None:
+    """Keep what made the factors at the start from running again at loading, unless it also makes the base.
+
+    Raises:
+        UserError: If the initialisation changed the base in a way that loading cannot repeat.
+    """
+    start = config.init_lora_weights
+    if start in ("pissa", "olora") and not shifted:
+        return  # PEFT subtracts its start from the base again at loading
+    if isinstance(start, str) and start.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+        raise UserError(
+            f"init_lora_weights={start!r} changed the base, so no adapter fits the pristine one: merge instead"
+        )
+    config.init_lora_weights = True
+
+
+def _ranks_and_alphas(model: nn.Module, adapter: str) -> tuple[dict[str, int], dict[str, float]]:
+    """The rank of every layer's adapter, and the alpha that gives its scaling without rslora, by the layer's name."""
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer) and adapter in m.scaling}
+    ranks = {name: layer.r[adapter] for name, layer in layers.items()}
+    return ranks, {name: layer.scaling[adapter] * ranks[name] for name, layer in layers.items()}
+
+
+def _set_ranks(config: LoraConfig, ranks: dict[str, int], alphas: dict[str, float]) -> None:
+    """Write ranks and alphas by name into a configuration: the largest rank as the rule, the rest as patterns."""
+    config.r = config.lora_alpha = max(ranks.values())
+    config.use_rslora = False
+    patterns = {name: f"^{re.escape(name.removeprefix('base_model.model.'))}" for name in ranks}
+    config.rank_pattern = {patterns[name]: rank for name, rank in ranks.items() if rank != config.r}
+    config.alpha_pattern = {patterns[name]: alpha for name, alpha in alphas.items() if alpha != config.lora_alpha}
 
 
 def _replace_factors(state: dict[str, Tensor], pair: LoraPair, left: Tensor, right: Tensor) -> None:
@@ -93,28 +130,39 @@ def _replace_factors(state: dict[str, Tensor], pair: LoraPair, left: Tensor, rig
         assert key in state, key
         shape = (len(new), *factor.shape[1:]) if name == "A" else (*new.shape, *factor.shape[2:])
         state[key] = new.reshape(shape).to(factor.dtype)
+    bias = f"{pair.name}.lora_B.bias"  # of lora_bias, which PEFT scales like the product
+    if bias in state:
+        state[bias] = pair.scaling * state[bias]
 
 
-def _write(folder: Path, config: object, state: dict[str, Tensor]) -> None:
+def _write(folder: Path, config: LoraConfig, state: dict[str, Tensor]) -> None:
     """Write both files into a folder beside the goal first, so that nothing half written is left under its name."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    if folder.exists() and any(folder.iterdir()) and not (folder / "adapter_config.json").exists():
+    folder = folder.resolve()
+    if folder.exists() and not (folder.is_dir() and {entry.name for entry in folder.iterdir()} <= _ADAPTER_FILES):
         raise UserError(f"{folder} holds something that is not an adapter: choose an empty or a new folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # what is new, and in it, while the two change places, what was there before
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        config.save_pretrained(partial)  # type: ignore[attr-defined]
-        tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-        save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
-        partial.chmod(0o755)
+        new, old = partial / "new", partial / "old"
+        config.save_pretrained(str(new))
+        # clones, for safetensors refuses tied tensors
+        tensors = {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
+        save_file(tensors, new / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         if folder.exists():
-            shutil.rmtree(folder)
-        partial.replace(folder)
+            folder.replace(old)
+        try:
+            new.replace(folder)
+        except OSError:
+            if old.exists():
+                old.replace(folder)
+            raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def merge_adapter(model: PeftModel) -> nn.Module:
-    """The base model with every adapter merged into its weights: an ordinary model without a trace of PEFT.
+    """The base model with its active adapter merged into its weights: an ordinary model without a trace of PEFT.
 
     The base may carry an offset: W - X0 + c B A is the weight that was trained. The adapted model is used up.
 
@@ -123,4 +171,6 @@ def merge_adapter(model: PeftModel) -> nn.Module:
     """
     if not isinstance(model, PeftModel):
         raise UserError("only a PeftModel (get_peft_model) can be merged")
-    return model.merge_and_unload()
+    merged = model.merge_and_unload()
+    untrack_offsets(merged)
+    return merged

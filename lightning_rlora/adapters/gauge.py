@@ -65,7 +65,7 @@ def start_factors(b: Tensor, a: Tensor, scaling: float, generator: torch.Generat
     """Give a product that is not of full rank a tiny full-rank start, in place; say whether it was needed.
 
     A factor of zeros (PEFT's default B) is replaced by a random orthonormal one, which keeps the row or column space of
-    the other; singular values under `START` are raised to it, or to a rank's worth of rounding of the largest one.
+    the other; singular values under `START` are raised to it.
 
     Args:
         b: Factor B (m, r) or a convolution's, changed in place.

@@ -4,16 +4,17 @@ The offset belongs to the adapter: it travels in every state dict as factors of 
 the base where the offset says it should be, whether the base at hand is pristine or was shifted before.
 """
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lightning_rlora.adapters.pairs import LoraPair, base_weight, is_quantised, is_transposed
 from lightning_rlora.errors import UserError
 
 NAME = "manifold_offset"
-"""Name of the submodule of a PEFT layer; PEFT saves only what has `lora_` in its name, and so leaves it alone."""
+"""Name of the submodule of a base layer; PEFT saves everything in its own layers but what lies in `base_layer`."""
 
 _SAMPLES = 64
 
@@ -21,18 +22,21 @@ _SAMPLES = 64
 class BaseOffset(nn.Module):
     """The factors of X0 = left right that one base weight was shifted by, and a fingerprint of the weight before.
 
-    Registered on a PEFT layer as `manifold_offset`. Its buffers are `left` (m, k) and `right` (k, n) in the adapter's
+    Registered on a base layer as `manifold_offset`. Its buffers are `left` (m, k) and `right` (k, n) in the adapter's
     dtype, with k = 0 for no offset, and `fingerprint` (64,), entries of the pristine base weight in float32.
     """
 
     left: Tensor
     right: Tensor
     fingerprint: Tensor
+    handle: RemovableHandle
+    """Of the hook on the base layer that sets `base_comes_along`."""
 
     def __init__(self, pair: LoraPair) -> None:
         super().__init__()
         m, n, _ = pair.shape
         self._pair = (pair,)  # a tuple, so that the layer does not become a submodule of its own submodule
+        self.base_comes_along = False  # in the state dict that is being loaded
         self.register_buffer("left", pair.b.new_zeros(m, 0).detach())
         self.register_buffer("right", pair.a.new_zeros(0, n).detach())
         self.register_buffer("fingerprint", self._entries())
@@ -47,14 +51,16 @@ class BaseOffset(nn.Module):
         """Shift the base by -left right, (m, k) and (k, n); the fingerprint stays that of the pristine base.
 
         Raises:
-            UserError: If the base is shifted already, is quantised, or is shared with another layer.
+            UserError: If the base is shifted already or quantised.
         """
         pair = self._pair[0]
         if self.is_set:
             raise UserError(f"the base of layer {pair.name} carries an offset already: initialise an adapter only once")
         if is_quantised(pair):
             raise UserError(f"the base of layer {pair.name} is quantised and takes no offset: use offset='none'")
-        self.left, self.right = left.to(self.left), right.to(self.right)
+        # copies: the factors given may be the pair's own, which go on to be trained
+        self.left = left.detach().to(self.left, copy=True)
+        self.right = right.detach().to(self.right, copy=True)
         self._shift(-1.0)
 
     @torch.no_grad()
@@ -71,13 +77,19 @@ class BaseOffset(nn.Module):
     def _shift(self, sign: float) -> None:
         pair = self._pair[0]
         weight = base_weight(pair)
-        delta = self.left.float() @ self.right.float() if weight.dtype != torch.float64 else self.left @ self.right
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        # One outer product at a time and not a matrix product, whose rounding may depend on where in memory its
+        # operands lie: a resumed run must find the very same base.
+        delta = torch.zeros(len(self.left), self.right.shape[1], dtype=dtype, device=weight.device)
+        for column, row in zip(self.left.to(dtype).T, self.right.to(dtype), strict=True):
+            delta += column[:, None] * row
         delta = (delta.mT if is_transposed(pair) else delta).reshape(weight.shape)
         weight.copy_((weight.to(delta.dtype) + sign * delta).to(weight.dtype))
 
     def _positions(self) -> Tensor:
         weight = base_weight(self._pair[0])
-        return torch.linspace(0, weight.numel() - 1, _SAMPLES, dtype=torch.float64, device=weight.device).long()
+        # in integers, so that every device takes the same entries
+        return torch.arange(_SAMPLES, device=weight.device) * (weight.numel() - 1) // (_SAMPLES - 1)
 
     def _entries(self) -> Tensor:
         weight = base_weight(self._pair[0]).detach()
@@ -88,46 +100,73 @@ class BaseOffset(nn.Module):
         """Take over the offset of a state dict and bring the base to W - X0.
 
         A state dict that holds the base as well holds it shifted: the base layer, which stands before this module, has
-            loaded
-        it. Without it, the base at hand is the pristine one, or the one this module shifted.
+        loaded it. Without it, the base at hand is the pristine one, or the one this module shifted.
         """
+        came_along, self.base_comes_along = self.base_comes_along, False
         keys = [prefix + name for name in ("left", "right", "fingerprint")]
         if any(key not in state_dict for key in keys):
+            if came_along:
+                self.forget()  # the base of a model that tracks no offset is pristine
             super()._load_from_state_dict(state_dict, prefix, *args)  # reports what is missing
             return
-        left, right, fingerprint = (state_dict[key].to(self.left.device) for key in keys)
-        pair = self._pair[0]
-        came_along = prefix.removesuffix(f"{NAME}.") + "base_layer.weight" in state_dict
-        if not came_along:
-            if self.left.shape == left.shape and torch.equal(self.left, left) and torch.equal(self.right, right):
-                return
-            self.remove()
-            m, n, _ = pair.shape
-            same_shape = left.shape[0] == m and right.shape[1] == n
-            if not same_shape or (self._entries() - fingerprint).norm() > 0.01 * fingerprint.norm():
-                raise UserError(
-                    f"the adapter was trained on another base model (the weights of layer {pair.name} differ): "
-                    "load it with the base it was trained on"
-                )
-        self.left, self.right = left.to(self.left.dtype), right.to(self.right.dtype)
-        self.fingerprint = fingerprint
-        if self.is_set and not came_along:
+        left, right = (state_dict[key].to(self.left) for key in keys[:2])
+        fingerprint = state_dict[keys[2]].to(self.left.device)
+        if came_along:
+            self.left, self.right, self.fingerprint = left, right, fingerprint
+            return
+        if not self._fits(left, right, fingerprint):
+            raise UserError(
+                f"the adapter was trained on another base model (the weights of layer {self._pair[0].name} differ): "
+                "load it with the base it was trained on"
+            )
+        if self.left.shape == left.shape and torch.equal(self.left, left) and torch.equal(self.right, right):
+            return
+        self.remove()
+        self.left, self.right, self.fingerprint = left, right, fingerprint
+        if self.is_set:
             self._shift(-1.0)
+
+    def _fits(self, left: Tensor, right: Tensor, fingerprint: Tensor) -> bool:
+        """Whether an offset belongs to the base at hand; packed integers cannot be told apart, and take none."""
+        pair = self._pair[0]
+        if is_quantised(pair):
+            return left.shape[1] == 0
+        pristine = self.fingerprint.float() if self.is_set else self._entries()
+        near = (pristine - fingerprint).norm() <= 0.01 * fingerprint.norm()
+        return (left.shape[0], right.shape[1]) == pair.shape[:2] and bool(near)
 
 
 def track_offsets(pairs: list[LoraPair]) -> None:
-    """Register an empty `BaseOffset` on every pair's layer that has none, while the base is still pristine.
+    """Register an empty `BaseOffset` on every pair's base layer that has none, while the base is still pristine.
 
     Must come before a checkpoint is loaded: a state dict can only restore the offset of a layer that tracks one.
     """
     for pair in pairs:
         if get_offset(pair) is None:
-            cast(nn.Module, pair.layer).add_module(NAME, BaseOffset(pair))
+            base, offset = pair.layer.get_base_layer(), BaseOffset(pair)
+            base.add_module(NAME, offset)
+            offset.handle = base.register_load_state_dict_pre_hook(_note_base)
+
+
+def untrack_offsets(model: nn.Module) -> None:
+    """Drop every `BaseOffset` of a model, and leave the bases as they are."""
+    for module in list(model.modules()):
+        offset = getattr(module, NAME, None)
+        if isinstance(offset, BaseOffset):
+            offset.handle.remove()
+            delattr(module, NAME)
+
+
+def _note_base(base: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Tell the offset whether the base is loaded with it: a module is shown its own part of a state dict only."""
+    offset = getattr(base, NAME)
+    assert isinstance(offset, BaseOffset)
+    offset.base_comes_along = f"{prefix}weight" in state_dict
 
 
 def get_offset(pair: LoraPair) -> BaseOffset | None:
-    """The offset module of a pair's layer, or None where `track_offsets` was not called."""
-    offset = getattr(pair.layer, NAME, None)
+    """The offset module of a pair's base layer, or None where `track_offsets` was not called."""
+    offset = getattr(pair.layer.get_base_layer(), NAME, None)
     return offset if isinstance(offset, BaseOffset) else None
 
 

@@ -5,8 +5,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_rlora.errors import UserError
 
@@ -49,7 +54,8 @@ class LoraScan:
     Attributes:
         pairs: The pairs, in the order of the model's modules.
         others: Every other trainable parameter by name: heads, norms, biases, magnitudes, and factors left out.
-        left_out: For each LoRA factor among `others`, the sentence that says why it is no point of the manifold.
+        left_out: For each LoRA factor among `others`, the sentence that says why it is no point of the manifold; also
+            for what other PEFT methods train.
     """
 
     pairs: list[LoraPair]
@@ -68,15 +74,15 @@ def scan(model: nn.Module) -> LoraScan:
         UserError: If a pair's rank exceeds min(m, n): no matrix of that rank exists.
     """
     candidates = [pair for name, module in model.named_modules() for pair in _layer_pairs(name, module)]
-    uses = Counter(id(factor) for pair in candidates for factor in (pair.a, pair.b))
+    uses = Counter(_address(factor) for pair in candidates for factor in (pair.a, pair.b))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     pairs: list[LoraPair] = []
-    left_out: dict[str, str] = {}
+    left_out = {key: reason for name, module in model.named_modules() for key, reason in _other_methods(name, module)}
     for pair in candidates:
         trainable = [factor for factor in (pair.a, pair.b) if factor.requires_grad]
         if not trainable:
             continue
-        reason = _why_left_out(pair, shared=uses[id(pair.a)] > 1 or uses[id(pair.b)] > 1)
+        reason = _why_left_out(pair, shared=uses[_address(pair.a)] > 1 or uses[_address(pair.b)] > 1)
         if reason is None:
             m, n, r = pair.shape
             if r > min(m, n):
@@ -112,7 +118,7 @@ def find_pairs(model: nn.Module) -> list[LoraPair]:
 
 def _layer_pairs(name: str, module: nn.Module) -> Iterator[LoraPair]:
     """The factors of every adapter of one PEFT layer, linear ones first, then embeddings."""
-    if not isinstance(module, LoraLayer):
+    if not isinstance(module, LoraLayer) or isinstance(module, AdaLoraLayer):
         return
     for adapter in module.lora_A:
         a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
@@ -124,6 +130,23 @@ def _layer_pairs(name: str, module: nn.Module) -> Iterator[LoraPair]:
         yield LoraPair(name, module, adapter, a, b, module.scaling[adapter])
 
 
+def _other_methods(name: str, module: nn.Module) -> Iterator[tuple[str, str]]:
+    """What a layer of another PEFT method trains, and why it is left out; tokens trained as such are like a head."""
+    lora = isinstance(module, LoraLayer) and not isinstance(module, AdaLoraLayer)
+    if lora or not isinstance(module, BaseTunerLayer) or isinstance(module, TrainableTokensLayer):
+        return
+    layer = f"{type(module).__module__}.{type(module).__qualname__}"
+    for key, parameter in module.named_parameters(prefix=name):
+        if parameter.requires_grad and not key.startswith(f"{name}.base_layer."):
+            yield key, f"its layer ({layer}) is of another PEFT method than LoRA and has no pair of factors"
+
+
+def _address(factor: Tensor) -> int:
+    """Where a factor's numbers lie: tied adapters of PEFT's are two parameters over one storage."""
+    local = factor.to_local() if isinstance(factor, DTensor) else factor
+    return local.data_ptr() or id(factor)
+
+
 def _why_left_out(pair: LoraPair, *, shared: bool) -> str | None:
     """The reason why a pair cannot be treated as a point of the manifold, or None."""
     base = pair.layer.get_base_layer()
@@ -133,10 +156,14 @@ def _why_left_out(pair: LoraPair, *, shared: bool) -> str | None:
         return "its factors are shared with another layer, so the layers' products cannot move on their own"
     if isinstance(pair.layer, ParamWrapper):
         return "its factors adapt a stack of expert matrices (target_parameters), which is not one product"
+    if isinstance(base, nn.MultiheadAttention | NonDynamicallyQuantizableLinear):
+        return "PEFT adds the update of a MultiheadAttention's output projection twice, so its layers are not W + c B A"
     if pair.scaling <= 0:
         return "its scaling (lora_alpha) is not positive, so its factors have no balanced form"
     if getattr(base, "groups", 1) > 1:
         return "it adapts a grouped convolution, whose update is not the product of the flattened factors"
+    if getattr(base, "padding_mode", "zeros") != "zeros" or set(getattr(base, "dilation", ())) - {1}:
+        return "PEFT's adapter of a convolution ignores its padding_mode and dilation, so the layer is not W + c B A"
     if isinstance(base, nn.Embedding) and base.padding_idx is not None:
         return "its embedding has a padding_idx, whose column only one of the two factor gradients contains"
     if isinstance(base, nn.Embedding) and base.sparse:

@@ -1,6 +1,5 @@
 """What a checkpoint must hold of an adapted model: everything but the frozen base."""
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -65,6 +64,11 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
     if not Path(path).is_file():
         raise UserError(f"there is no checkpoint {path}")
     try:
-        return torch.load(path, map_location=map_location, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError) as error:
+        contents = torch.load(path, map_location=map_location, weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # bytes that are no checkpoint make torch raise almost anything
         raise UserError(f"{path} is truncated or no checkpoint of this program: use another one") from error
+    if not isinstance(contents, dict):
+        raise UserError(f"{path} holds a {type(contents).__name__} and is no checkpoint of this program")
+    return contents

@@ -4,5 +4,14 @@ from lightning_rlora.callbacks.adapter_export import AdapterExport
 from lightning_rlora.callbacks.adapter_only_checkpoint import AdapterOnlyCheckpoint
 from lightning_rlora.callbacks.locally_optimal_init import LocallyOptimalInit
 from lightning_rlora.callbacks.retraction import Retraction
+from lightning_rlora.callbacks.run_record import RunRecord
+from lightning_rlora.callbacks.spectrum_monitor import SpectrumMonitor
 
-__all__ = ["AdapterExport", "AdapterOnlyCheckpoint", "LocallyOptimalInit", "Retraction"]
+__all__ = [
+    "AdapterExport",
+    "AdapterOnlyCheckpoint",
+    "LocallyOptimalInit",
+    "Retraction",
+    "RunRecord",
+    "SpectrumMonitor",
+]

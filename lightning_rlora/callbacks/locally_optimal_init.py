@@ -10,7 +10,10 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -98,9 +101,7 @@ class LocallyOptimalInit(Callback):
         if self.done:
             return
         loss = self._loss or _training_step_loss(pl_module)
-        batches = [_to_device(trainer, b) for b in itertools.islice(iter(trainer.train_dataloader), self.batches)]
-        if not batches:
-            raise UserError("LocallyOptimalInit found no training batch")
+        batches = _first_batches(trainer, pl_module, self.batches)
 
         def mean_loss(run: Callable[[Tensor], object]) -> float:
             total = 0.0
@@ -112,15 +113,15 @@ class LocallyOptimalInit(Callback):
             return total
 
         def backward() -> None:
-            with torch.random.fork_rng(devices=_cuda_devices(pl_module)):
+            with isolate_rng():
                 mean_loss(Tensor.backward)
 
         @torch.no_grad()
         def evaluate() -> float:
-            with torch.random.fork_rng(devices=_cuda_devices(pl_module)):
+            with isolate_rng():
                 return mean_loss(lambda _: None)
 
-        with _quiet(pl_module), torch.random.fork_rng(devices=_cuda_devices(pl_module)):
+        with _quiet(pl_module):
             self.loss_before = evaluate()
             self._start(pl_module, backward, evaluate)
             self.loss_after = evaluate()
@@ -166,8 +167,7 @@ class LocallyOptimalInit(Callback):
         return (
             f"Locally optimal initialisation of {len(self.starts)} layers: {100 * sum(shares) / len(shares):.0f} % of "
             f"|gradient|^2 in the tangent spaces on average (least {100 * least.captured:.0f} % in {least.name}), "
-            f"median "
-            f"gap {gaps[len(gaps) // 2]:.2f}, alpha {least.alpha:.3g}, offset {self.offset_taken}, loss "
+            f"median gap {gaps[len(gaps) // 2]:.2f}, alpha {least.alpha:.3g}, offset {self.offset_taken}, loss "
             f"{self.loss_before:.6f} -> {self.loss_after:.6f}"
         )
 
@@ -180,8 +180,11 @@ def _training_step_loss(module: LightningModule) -> Loss:
             "loss=lambda module, batch: ..."
         )
 
+    # Lightning lets a training_step do without batch_idx
+    arguments = (0,) if is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2) else ()
+
     def loss(module: LightningModule, batch: Any) -> Tensor:
-        output = module.training_step(batch, 0)
+        output = module.training_step(batch, *arguments)
         value = output["loss"] if isinstance(output, dict) else output
         if not isinstance(value, Tensor):
             raise UserError("LocallyOptimalInit needs a training_step that returns its loss, or a function `loss`")
@@ -190,9 +193,32 @@ def _training_step_loss(module: LightningModule) -> Loss:
     return loss
 
 
-def _to_device(trainer: Trainer, batch: Any) -> Any:
-    batch = trainer.precision_plugin.convert_input(batch)
-    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+def _first_batches(trainer: Trainer, module: LightningModule, count: int) -> list[Any]:
+    """The first batches of the training data as a training step sees them, with the data order left undisturbed."""
+    combined = CombinedLoader(trainer.train_dataloader, "max_size_cycle")  # one of our own: the trainer's is under way
+    with isolate_rng(), _isolated_generators(combined.flattened):
+        batches = [batch for batch, _, _ in itertools.islice(iter(combined), count)]
+    if not batches:
+        raise UserError("LocallyOptimalInit found no training batch")
+    for i, batch in enumerate(batches):
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+        batches[i] = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+    return batches
+
+
+@contextmanager
+def _isolated_generators(loaders: list[Any]) -> Iterator[None]:
+    """Put back the loaders' own generators, from which walking over them draws."""
+    holders = [getattr(loader, name, None) for loader in loaders for name in ("sampler", "batch_sampler")]
+    holders += [*loaders, *(getattr(holder, "sampler", None) for holder in holders)]
+    found = {id(g): g for g in (getattr(x, "generator", None) for x in holders) if isinstance(g, torch.Generator)}
+    states = [(generator, generator.get_state()) for generator in found.values()]
+    try:
+        yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)
 
 
 def _precision(trainer: Trainer) -> Any:
@@ -201,10 +227,6 @@ def _precision(trainer: Trainer) -> Any:
     if isinstance(plugin, MixedPrecision) and plugin.precision == "16-mixed":
         return torch.autocast(trainer.strategy.root_device.type, torch.bfloat16)
     return plugin.forward_context()
-
-
-def _cuda_devices(module: LightningModule) -> list[torch.device]:
-    return [module.device] if module.device.type == "cuda" else []
 
 
 def _is_half(weight: Tensor) -> bool:

@@ -21,16 +21,16 @@ class RunRecord(Callback):
     """Keep metrics.csv and loss.png in the run folder, the trainer's `default_root_dir`.
 
     A row holds the training loss (`train/loss`) of every `log_every_n_steps`-th optimizer step and the validation
-    metrics (all that are logged under a name that starts with `val`), by the number of optimizer steps taken. The sanity
-    validation is the row of step 0, if it goes over the whole validation set (`num_sanity_val_steps: -1`).
+    metrics (all that are logged under a name that starts with `val`), by the number of optimizer steps taken. The
+    sanity validation is the row of step 0, if it goes over the whole validation set (`num_sanity_val_steps: -1`).
 
     A run that was killed and resumed leaves the very file that it would have left uninterrupted: the rows travel in the
     checkpoints, so the file is put back to what it was when the checkpoint was made, whatever has become of it since.
-    After a checkpoint made between a step and its validation, Lightning 2.6 leaves that validation out on the resume; it
-    is made up for here, and other callbacks (early stopping, checkpoints) see it too.
+    After a checkpoint made between a step and its validation, Lightning 2.6 leaves that validation out on the resume;
+    it is made up for here, and other callbacks (early stopping, checkpoints) see it too.
 
-    A new run in a folder that holds an earlier one moves the earlier one into `previous/<n>`. So does a run that resumes
-    from a checkpoint elsewhere. Nothing is written or moved under `fast_dev_run`.
+    A new run in a folder that holds an earlier one moves the earlier one into `previous/<n>`. So does a run that
+    resumes from a checkpoint elsewhere, or from one without a record. Nothing is written or moved under `fast_dev_run`.
 
     The callback must stand before the ones that write into the folder, above all before the one that saves config.yaml:
     it reads the old config.yaml in `setup`, and moves the other files right before the first validation or training
@@ -43,6 +43,7 @@ class RunRecord(Callback):
         self._step = 0
         self._validation_due = False
         self._begun = False
+        self._restored = False
         self._old_config: bytes | None = None
         self._limits: tuple[int, int | None] | None = None
 
@@ -55,10 +56,11 @@ class RunRecord(Callback):
         self._rows = [dict(row) for row in state_dict["rows"]]
         self._columns = list(dict.fromkeys([*COLUMNS, *(name for row in self._rows for name in row)]))
         self._validation_due = state_dict["validation_due"]
+        self._restored = True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Read the config.yaml of an earlier run, before the new one's is written."""
-        self._begun = False
+        self._begun = self._restored = False
         config = _folder(trainer) / "config.yaml"
         if stage == "fit" and trainer.is_global_zero and config.is_file():
             self._old_config = config.read_bytes()
@@ -105,19 +107,20 @@ class RunRecord(Callback):
         if trainer.global_step == self._step:
             return  # in the middle of an accumulation window
         self._step = trainer.global_step
-        if self._step % trainer.log_every_n_steps == 0 and "train/loss" in trainer.callback_metrics:
+        due = self._step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        if due and "train/loss" in trainer.callback_metrics:
             self._record(trainer, {"train/loss": float(trainer.callback_metrics["train/loss"])})
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the validation metrics."""
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        if trainer.sanity_checking and trainer.num_sanity_val_batches != trainer.num_val_batches:
-            return
+        whole = trainer.num_sanity_val_batches == trainer.num_val_batches
+        if trainer.sanity_checking and (trainer.global_step > 0 or not whole):
+            return  # some resumed runs begin with a sanity check too
         self._validation_due = False
         metrics = trainer.callback_metrics
-        # what is logged by step and by epoch comes under three names
-        names = [name for name in metrics if name.startswith("val") and name.rsplit("_", 1)[0] not in metrics]
+        names = [name for name in metrics if name.startswith("val") and not name.endswith("_step")]
         self._record(trainer, {name: float(metrics[name]) for name in names})
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -132,23 +135,25 @@ class RunRecord(Callback):
 
     def _begin(self, trainer: Trainer) -> None:
         """Make the folder this run's, with the record as it stands: empty, or a checkpoint's."""
-        if self._begun or trainer.fast_dev_run:
+        if self._begun or _is_trial(trainer):
             return
         self._begun = True
-        checkpoint = trainer.ckpt_path
-        fresh = checkpoint is None and trainer.global_step == 0
-        if fresh:
+        folder, checkpoint = _folder(trainer), trainer.ckpt_path
+        if checkpoint is None:
+            goes_on = trainer.global_step > 0  # a second fit of the same trainer
+        else:
+            goes_on = self._restored and lies_in(checkpoint, folder)
+        if checkpoint is None and not goes_on:
             self.load_state_dict({"rows": [], "validation_due": False})
         if not trainer.is_global_zero:
             return
-        folder = _folder(trainer)
-        if (fresh or (checkpoint is not None and not lies_in(checkpoint, folder))) and holds_run(folder):
+        if not goes_on and holds_run(folder):
             rank_zero_info(f"{folder} held an earlier run: it is now in {set_aside(folder, self._old_config)}")
         self._write(trainer)
 
     def _record(self, trainer: Trainer, metrics: Row) -> None:
         """Add metrics to the row of the current step, and bring the file up to date."""
-        if trainer.fast_dev_run or not trainer.is_global_zero or not metrics:
+        if _is_trial(trainer) or not trainer.is_global_zero or not metrics:
             return
         step = trainer.global_step
         known = len(self._columns)
@@ -175,7 +180,7 @@ class RunRecord(Callback):
         return csv.DictWriter(file, self._columns, restval="", lineterminator="\n")  # writes floats by repr: exact
 
     def _draw(self, trainer: Trainer) -> None:
-        if trainer.is_global_zero and not trainer.fast_dev_run and len(self._rows) > 1:
+        if trainer.is_global_zero and not _is_trial(trainer) and len(self._rows) > 1:
             draw_losses(self._rows, _folder(trainer) / "loss.png")
 
 
@@ -201,3 +206,7 @@ def draw_losses(rows: list[Row], path: Path) -> None:
 
 def _folder(trainer: Trainer) -> Path:
     return Path(trainer.default_root_dir)
+
+
+def _is_trial(trainer: Trainer) -> bool:
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]

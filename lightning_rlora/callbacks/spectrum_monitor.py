@@ -17,7 +17,7 @@ from lightning_rlora.callbacks.run_folder import cut_back, write_atomically
 from lightning_rlora.errors import UserError
 
 RANK_DEFICIENT = 1e-12
-"""Smallest share of a factor's largest singular value, in float64, that its smallest must exceed to count as full rank."""
+"""A factor whose R, of its QR, has a diagonal entry of at most this share of the largest counts as rank deficient."""
 
 _ROWS = 60
 """Layers in one column of the figure, at most."""
@@ -90,8 +90,9 @@ def _gradient(factor: Tensor) -> Tensor:
 
 
 def _deficient(root: Tensor) -> Tensor:
-    s = torch.linalg.svdvals(root)
-    return s[:, -1] <= RANK_DEFICIENT * s[:, 0]
+    """Whether a QR's R shows that a column depends on those before it."""
+    diagonal = root.diagonal(dim1=-2, dim2=-1).abs()
+    return diagonal.amin(-1) <= RANK_DEFICIENT * diagonal.amax(-1)
 
 
 def _norm(x: Tensor) -> Tensor:
@@ -101,12 +102,15 @@ def _norm(x: Tensor) -> Tensor:
 class SpectrumMonitor(Callback):
     """Log the singular values of every adapter, its effective rank, and the norms of its update and of its gradient.
 
-    Measured right before an optimizer step (accumulated and reduced gradients, unscaled, not yet clipped), and once more
-    at the end of the training, then without the gradient. It goes to every logger of the trainer as
+    Measured right before an optimizer step (accumulated and reduced gradients, unscaled, not yet clipped), and once
+    more at the end of the training, then without the gradient. It goes to every logger of the trainer as
     `spectrum/<layer>/effective_rank`, `s_max`, `s_min`, `update_norm` and `tangent_norm`; to spectrum.csv in the
-    trainer's `default_root_dir`, a row for each step and layer with all singular values; and at the end to spectrum.png.
-    `step` is the number of optimizer steps taken before. A resumed run cuts spectrum.csv back to its checkpoint's step
-    and goes on with it. Needs whole factors: not for adapters that are sharded over processes.
+    trainer's `default_root_dir`, a row for each step and layer with all singular values; and at the end to
+    spectrum.png. `step` is the number of optimizer steps taken before. A resumed run cuts spectrum.csv back to its
+    checkpoint's step and goes on with it. Needs whole factors: not for adapters that are sharded over processes.
+
+    Measuring costs up to half a training step for 224 adapters of rank 16 on a Llama of 8B parameters, several steps
+    for rank 64: measure more rarely there.
 
     Args:
         every_n_steps: Optimizer steps from one measurement to the next.
@@ -158,7 +162,7 @@ class SpectrumMonitor(Callback):
             metrics[f"spectrum/{name}/tangent_norm"] = spectrum.tangent_norm
         for logger in trainer.loggers:
             logger.log_metrics({k: v for k, v in metrics.items() if not math.isnan(v)}, step=step)
-        if not trainer.fast_dev_run:
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._append(_path(trainer), step, measured)
         self._last = step
 
@@ -176,7 +180,8 @@ class SpectrumMonitor(Callback):
                 writer.writerow([step, name, *norms, *spectrum.singular_values, *padding])
 
     def _draw(self, trainer: Trainer) -> None:
-        if trainer.is_global_zero and self._last is not None and not trainer.fast_dev_run:
+        recorded = trainer.is_global_zero and self._last is not None
+        if recorded and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             draw_spectra(_path(trainer))
 
 
@@ -223,7 +228,7 @@ def draw_spectra(path: Path) -> None:
         right.set_xlabel("optimizer step", fontsize=8)
         left.set_title(f"spectrum at step {steps[-1]}", fontsize=9)
         right.set_title("effective rank", fontsize=9)
-    for image, label in zip(images, ("log10(s)", "effective rank"), strict=True):
+    for image, label in zip(images[::-1], ("effective rank", "log10(s)"), strict=True):
         figure.colorbar(image, ax=list(grid), aspect=40, pad=0.01, label=label)
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=110)

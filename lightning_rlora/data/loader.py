@@ -48,8 +48,11 @@ class ResumableLoader(ABC):
         """Gives the batches of an epoch but the first ``done``."""
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        # A generator, so that the place is read when the first batch is: a module that asks the trainer for its number
+        # of steps makes Lightning call this before it restores a checkpoint.
         with _quiet_fork():
-            return iter(self.batches(*self.place()))
+            batches = iter(self.batches(*self.place()))
+        yield from batches
 
     def state_dict(self) -> dict[str, int]:
         """What the order of the batches depends on."""

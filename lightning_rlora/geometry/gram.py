@@ -2,11 +2,11 @@
 
 A tall W (m, k) never needs a QR here. Its Gram matrix N = W^T W gives R with R^T R = N, and W R^-1 has orthonormal
 columns. Everything is batched and in float64: products of two float32 numbers are exact there, so the differences that
-a projection takes do not drown in rounding.
+a projection takes do not drown in rounding. Of float64 factors they would; a QR gives the same things for them.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def gram(w: Tensor) -> Tensor:
@@ -38,6 +38,35 @@ def range_root(n: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
     root = torch.where(kept, values, 0).sqrt()
     inverse = torch.where(kept, values, 1).rsqrt() * kept
     return root.unsqueeze(-1) * vectors.mT, vectors * inverse.unsqueeze(-2)
+
+
+def root_of_range(w: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
+    """`range_root` of w^T w from w (..., p, k) itself, for which w^T w would be too coarse."""
+    _, s, vectors = torch.linalg.svd(w, full_matrices=False)
+    kept = s.square() > floor.unsqueeze(-1)
+    root = torch.where(kept, s, 0).unsqueeze(-1) * vectors
+    inverse = vectors.mT * (torch.where(kept, s, 1).reciprocal() * kept).unsqueeze(-2)
+    missing = w.shape[-1] - s.shape[-1]  # w has fewer rows than columns
+    return nn.functional.pad(root, (0, 0, 0, missing)), nn.functional.pad(inverse, (0, missing))
+
+
+def triangle(w: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The QR of [W Z] for a first block W (..., m, r) of full rank, without its Q.
+
+    Args:
+        w: The blocks side by side, (..., m, r + k).
+        r: Columns of the first block.
+
+    Returns:
+        R with R^T R = W^T W and a positive diagonal; R^-1; (W R^-1)^T Z; and a matrix K with K^T K the Gram matrix of
+        what Z has outside W's range.
+    """
+    full = torch.linalg.qr(w, mode="r").R
+    sign = full.diagonal(dim1=-2, dim2=-1)[..., :r].sign().unsqueeze(-1)
+    top, below = full[..., :r, :] * sign, full[..., r:, r:]
+    root = top[..., :r]
+    eye = torch.eye(r, dtype=w.dtype, device=w.device).expand_as(root)
+    return root, torch.linalg.solve_triangular(root, eye, upper=True), top[..., r:], below
 
 
 def polar_factor(k: Tensor, tolerance: float) -> Tensor:

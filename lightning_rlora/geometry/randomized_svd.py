@@ -9,8 +9,9 @@ from torch import Tensor
 Multiply = Callable[[list[Tensor]], list[Tensor]]
 """Multiplies every matrix of a list with its own block of vectors: one call, one block in and out per matrix."""
 
-_DISTINCT = 0.1
-"""Sine-like distance under which a direction of one basis counts as part of the other."""
+_DISTINCT = 0.03
+"""Singular value of two joined bases under which a direction of one counts as part of the other. At 0.03 products with the
+rounding of bfloat16 (4e-3) give the best triplets: of 0.3, 0.1, 0.03 and 0.001, on a spectrum of 1 / i."""
 
 
 class Svd(NamedTuple):

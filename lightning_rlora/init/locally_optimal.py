@@ -13,6 +13,9 @@ from lightning_rlora.adapters.probes import Probes, probing
 from lightning_rlora.errors import UserError
 from lightning_rlora.geometry import Point, Svd, randomized_svd
 
+_HELD_OUT = 8
+"""Columns of the first product that estimate how much of the gradient was not found."""
+
 
 @dataclass(frozen=True)
 class LayerStart:
@@ -103,8 +106,7 @@ def _check(pairs: list[LoraPair], *, subtract: bool) -> None:
         if 2 * r > min(m, n):
             raise UserError(
                 f"locally optimal initialisation needs 2r <= min(m, n): layer {pair.name} is {m} x {n}, so at most "
-                f"rank "
-                f"{min(m, n) // 2}, not {r}; lower r, or give this layer its own with rank_pattern"
+                f"rank {min(m, n) // 2}, not {r}; lower r, or give this layer its own with rank_pattern"
             )
         if subtract and is_quantised(pair):
             raise UserError(f"the base of layer {pair.name} is quantised and cannot be shifted: use offset 'none'")
@@ -114,8 +116,7 @@ def _check(pairs: list[LoraPair], *, subtract: bool) -> None:
             if shared[id(base_weight(pair))] > 1:
                 raise UserError(
                     f"layer {pair.name} shares its base weight with another adapted layer, so it cannot be shifted "
-                    f"for one "
-                    "of them: leave one out of target_modules, or use offset 'none'"
+                    "for one of them: leave one out of target_modules, or use offset 'none'"
                 )
 
 
@@ -124,18 +125,21 @@ def _gradient_triplets(
 ) -> list[tuple[Svd, float]]:
     """The top singular triplets of every pair's gradient, and an estimate of |G|^2.
 
-    The estimate adds to the energy found the energy that the first sketch G Omega has outside the range found.
+    The estimate adds to the energy found the energy outside the range found, seen by a few columns of the first product
+    that took no part in finding the range.
     """
-    sketched: list[Tensor] = []
+    held_out: list[Tensor] = []
 
     def multiply(omegas: list[Tensor]) -> list[Tensor]:
-        products = probes.multiply(omegas)
+        if held_out:
+            return probes.multiply(omegas)
+        extra = [torch.randn(len(omega), _HELD_OUT, generator=generator).to(omega) for omega in omegas]
+        products = probes.multiply([torch.cat(both, 1) for both in zip(omegas, extra, strict=True)])
         for pair, product in zip(pairs, products, strict=True):
             if not torch.isfinite(product).all():
                 raise UserError(f"the loss gradient at layer {pair.name} is not finite: look for bad input data")
-        if not sketched:
-            sketched.extend(products)
-        return products
+        held_out.extend(product[:, -_HELD_OUT:] for product in products)
+        return [product[:, :-_HELD_OUT] for product in products]
 
     triplets = randomized_svd(
         multiply,
@@ -148,8 +152,8 @@ def _gradient_triplets(
         device=pairs[0].b.device,
     )
     energies = []
-    for svd, product in zip(triplets, sketched, strict=True):
+    for svd, product in zip(triplets, held_out, strict=True):
         product = product.to(svd.u)
         outside = product - svd.u @ (svd.u.mT @ product)
-        energies.append(float(svd.s.square().sum() + outside.square().sum() / product.shape[1]))
+        energies.append(float(svd.s.square().sum() + outside.square().sum() / _HELD_OUT))
     return list(zip(triplets, energies, strict=True))

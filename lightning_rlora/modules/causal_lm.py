@@ -29,7 +29,7 @@ from lightning_rlora.adapters import (
 )
 from lightning_rlora.errors import UserError
 from lightning_rlora.modules.base_model import load_base, load_tokenizer
-from lightning_rlora.optim import FixedRankOptimizer, Riemannion, parameter_groups
+from lightning_rlora.optim import FixedRankOptimizer, LinearWithWarmup, Riemannion, parameter_groups
 
 log = logging.getLogger(__name__)
 
@@ -186,9 +186,13 @@ class CausalLM(LightningModule):
         if self._scheduler_factory is None:
             return optimizer
         scheduler = self._scheduler_factory(optimizer)
-        if getattr(scheduler, "total_steps", 0) is None:
-            scheduler.set_total_steps(int(self.trainer.estimated_stepping_batches))  # type: ignore[attr-defined]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """Tell a schedule over the whole run how long the run is; a resumed one knows."""
+        scheduler = self.lr_schedulers()
+        if isinstance(scheduler, LinearWithWarmup) and scheduler.total_steps is None:
+            scheduler.set_total_steps(int(self.trainer.estimated_stepping_batches))
 
     def configure_gradient_clipping(
         self,
@@ -211,7 +215,7 @@ class CausalLM(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the frozen base out, and keep the random state for an exact resume."""
         checkpoint["state_dict"] = keep_adapter(self, checkpoint["state_dict"])
-        checkpoint["rng"] = _save_rng()
+        checkpoint["rng"] = self._rng_to_restore or _save_rng()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse an adapter that does not fit before anything is loaded."""

@@ -33,8 +33,8 @@ def balance(pairs: list[LoraPair], state: Mapping[Tensor, Any]) -> int:
     """Put pairs into the balanced gauge without changing their products, and carry the optimizer's first moments along.
 
     Factors become A' = S A and B' = B S^-1, so a mean of gradients with respect to A becomes S^-T times itself and one
-    with respect to B itself times S^T. Second moments, kept entry by entry, have no such rule and stay as they are; so do
-    pairs whose product is not of full rank (a factor of zeros), which have no balanced point.
+    with respect to B itself times S^T. Second moments, kept entry by entry, have no such rule and stay as they are; so
+    do pairs whose product is not of full rank (a factor of zeros), which have no balanced point.
 
     Args:
         pairs: The pairs.

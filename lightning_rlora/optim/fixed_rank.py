@@ -48,9 +48,9 @@ class FixedRankOptimizer(Optimizer):
 
     Groups with `algorithm` riemannion or sgd hold pairs of factors, `params` = A, B, A, B, ..., and their `scaling` c;
     groups with `algorithm` adamw hold anything. State, beside each factor and of its shape, is the momentum's tangent
-    factor, half of what AdamW keeps, and `anchor`, a few rows of the orthonormal basis it refers to: where the factors
-    are changed from outside between two steps (loaded, merged, re-factored), the momentum is carried to the new bases
-    if the product is the same, and forgotten if it is not.
+    factor, half of what AdamW keeps, and `anchor`, a small sketch of the orthonormal basis it refers to: where the
+    factors are changed from outside between two steps (loaded, merged, re-factored), the momentum is carried to the new
+    bases if they span the same spaces, and forgotten if they do not.
 
     Args:
         params: Parameter groups; `parameter_groups(model)` makes them, `for_model` does both.
@@ -72,17 +72,12 @@ class FixedRankOptimizer(Optimizer):
         max_tangent_norm: float | None = None,
         adamw_lr: float = 1e-4,
     ) -> None:
-        for name, low in {"lr": 0.0, "weight_decay": 0.0, "momentum": 0.0, "min_singular_value": 0.0}.items():
-            if not defaults[name] >= low:
-                raise UserError(f"{name} = {defaults[name]} of {type(self).__name__} must not be negative")
-        if defaults["momentum"] >= 1:
-            raise UserError(f"momentum = {defaults['momentum']} of {type(self).__name__} must be below 1")
         if max_tangent_norm is not None and not max_tangent_norm > 0:
             raise UserError(f"max_tangent_norm = {max_tangent_norm} must be positive; leave it out for no clipping")
         self.max_tangent_norm = max_tangent_norm
         self._adamw_lr = adamw_lr
         self._generator = torch.Generator().manual_seed(0)  # of the random factors that replace zero ones
-        super().__init__(params, defaults | {"scaling": 1.0, "betas": (0.9, 0.999), "eps": 1e-8})
+        super().__init__(params, {"scaling": 1.0, "betas": (0.9, 0.999), "eps": 1e-8} | defaults)
 
     @classmethod
     def for_model(cls, model: nn.Module, **options: Any) -> Self:
@@ -104,8 +99,14 @@ class FixedRankOptimizer(Optimizer):
             raise UserError(f"unknown algorithm {algorithm!r} of a parameter group: use one of {', '.join(ALGORITHMS)}")
         if algorithm == "adamw":
             param_group.setdefault("lr", self._adamw_lr)
-        else:
+        _check_options(self.defaults | param_group, type(self).__name__)
+        if algorithm != "adamw":
             param_group["params"] = list(param_group["params"])
+            if len(param_group["params"]) % 2:
+                raise UserError(
+                    f"a group of LoRA pairs holds {len(param_group['params'])} parameters, an odd number: give them as "
+                    "A, B, A, B, ..., or the group algorithm='adamw'"
+                )
             scaling = param_group.get("scaling", 1.0)
             for a, b in _pairs(param_group["params"]):
                 _check_pair(a, b, scaling)
@@ -202,7 +203,7 @@ class FixedRankOptimizer(Optimizer):
             turn_right=turn_right,
             min_singular_value=group["min_singular_value"],
         )
-        anchors = [_anchor_rows(new) / root.to(new.dtype) for new in (new_left, new_right)]
+        anchors = [_sketch(new) / root.to(new.dtype) for new in (new_left, new_right)]
         for i, (a, b) in enumerate(batch.pairs):
             b.copy_(new_left[i].reshape(b.shape))
             a.copy_(new_right[i].mT.reshape(a.shape))
@@ -215,12 +216,12 @@ class FixedRankOptimizer(Optimizer):
         """How the bases turned since the last step, if the factors were changed from outside (else None)."""
         turns = []
         for tall, inverse, which in (
-            (batch.left.factor, batch.measured.inverse_left, 1),
-            (batch.right.factor, batch.measured.inverse_right, 0),
+            (batch.left.factor, batch.measured.left.inverse, 1),
+            (batch.right.factor, batch.measured.right.inverse, 0),
         ):
-            rows = _anchor_rows(tall).double() @ inverse
+            sketch = _sketch(tall).double() @ inverse
             anchors = torch.stack([self.state[pair[which]]["anchor"] for pair in batch.pairs]).double()
-            turns.append(_turn(rows, anchors, _MOVED[tall.dtype]))
+            turns.append(_turn(sketch, anchors, _MOVED[tall.dtype]))
         if turns[0] is None and turns[1] is None:
             return None, None
         eye = torch.eye(batch.left.factor.shape[-1], dtype=torch.float64, device=batch.left.factor.device)
@@ -256,36 +257,50 @@ def _stack(factors: Iterable[Tensor]) -> Tensor:
     return torch.stack([factor.flatten(1) for factor in factors])
 
 
-def _anchor_rows(tall: Tensor) -> Tensor:
-    """At most 2r evenly spaced rows of tall matrices (L, rows, r)."""
+def _sketch(tall: Tensor) -> Tensor:
+    """At most 2r sums of every 2r-th row of tall matrices (L, rows, r).
+
+    Single rows would not do: an embedding's start from gradients is zero in the rows of all tokens not seen.
+    """
     rows, r = tall.shape[1:]
-    return tall[:, torch.linspace(0, rows - 1, min(rows, 2 * r), device=tall.device).long()]
+    k = min(rows, 2 * r)
+    whole = rows // k * k
+    sums = tall[:, :whole].unflatten(1, (-1, k)).sum(1)
+    sums[:, : rows - whole] += tall[:, whole:]
+    return sums
 
 
-def _turn(rows: Tensor, anchors: Tensor, moved: float) -> Tensor | None:
-    """The old bases in the new ones, U^T U_old, (L, r, r), from some rows of both; None if no basis moved.
+def _turn(sketch: Tensor, anchors: Tensor, moved: float) -> Tensor | None:
+    """The old bases in the new ones, U^T U_old, (L, r, r), from a sketch of both; None if no basis moved.
 
     Identity where a basis did not move, zero where it does not span the old space any more.
     """
-    change = (rows - anchors).flatten(1).norm(dim=1)
+    change = (sketch - anchors).flatten(1).norm(dim=1)
     size = anchors.flatten(1).norm(dim=1)
     still = change <= moved * size
     if bool(still.all()):
         return None
-    eye = torch.eye(rows.shape[-1], dtype=rows.dtype, device=rows.device)
-    turn = torch.linalg.pinv(rows) @ anchors
-    same_span = (rows @ turn - anchors).flatten(1).norm(dim=1) <= 1e-2 * size
+    eye = torch.eye(sketch.shape[-1], dtype=sketch.dtype, device=sketch.device)
+    turn = torch.linalg.pinv(sketch) @ anchors
+    same_span = (sketch @ turn - anchors).flatten(1).norm(dim=1) <= 1e-2 * size
     rotation = (turn.mT @ turn - eye).flatten(1).norm(dim=1) <= 1e-2
     turn = torch.where((same_span & rotation)[:, None, None], turn, 0)
     return torch.where(still[:, None, None], eye, turn)
+
+
+def _check_options(options: dict[str, Any], optimizer: str) -> None:
+    for name in ("lr", "weight_decay", "momentum", "min_singular_value"):
+        if not options[name] >= 0:
+            raise UserError(f"{name} = {options[name]} of {optimizer} must not be negative")
+    if options["momentum"] >= 1:
+        raise UserError(f"momentum = {options['momentum']} of {optimizer} must be below 1")
 
 
 def _check_pair(a: Tensor, b: Tensor, scaling: float) -> None:
     if a.ndim < 2 or b.ndim < 2 or b[0].numel() != len(a):
         raise UserError(
             f"parameters of shapes {tuple(a.shape)} and {tuple(b.shape)} are no LoRA pair: give the factors as A, B, "
-            f"A, B, ... with "
-            "A (r, n) and B (m, r), or the group algorithm='adamw'"
+            "A, B, ... with A (r, n) and B (m, r), or the group algorithm='adamw'"
         )
     if len(a) > min(len(b), a[0].numel()):
         raise UserError(f"rank {len(a)} exceeds min(m, n) = {min(len(b), a[0].numel())} of a LoRA pair: lower the rank")
@@ -293,8 +308,7 @@ def _check_pair(a: Tensor, b: Tensor, scaling: float) -> None:
         if factor.dtype not in RANK_TOLERANCE:
             raise UserError(
                 f"LoRA factors are {factor.dtype}, too coarse for points of the manifold: keep them in float32, with "
-                f"precision "
-                "bf16-mixed or 16-mixed instead of bf16-true or 16-true"
+                "precision bf16-mixed or 16-mixed instead of bf16-true or 16-true"
             )
     if not scaling > 0:
         raise UserError(f"the scaling {scaling} of a LoRA group must be positive")
@@ -303,11 +317,15 @@ def _check_pair(a: Tensor, b: Tensor, scaling: float) -> None:
 @contextmanager
 def _full_precision() -> Iterator[None]:
     """No autocast and no TF32: factors must keep the digits of their dtype."""
-    precision = torch.get_float32_matmul_precision()
+    # read a backend at a time: torch.get_float32_matmul_precision raises where these newer switches were used
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [backend.fp32_precision for backend in backends]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.set_float32_matmul_precision("highest")
+        for backend in backends:
+            backend.fp32_precision = "ieee"
         with torch.autocast(device, enabled=False), torch.autocast("cpu", enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision

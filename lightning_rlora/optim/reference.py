@@ -25,8 +25,7 @@ def reference_step(
     """One step from a point and the momentum at it (Eq. 10 to 12 of arXiv 2507.12142).
 
     The printed Algorithm 4 differs in two lines that we do not follow: it stores the orthogonalised direction as
-        momentum, and
-    it leaves the current point out of the retraction.
+    momentum, and it leaves the current point out of the retraction.
 
     Args:
         point: X = U diag(s) V^T.

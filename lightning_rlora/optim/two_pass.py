@@ -10,6 +10,9 @@ orthonormal bases U = B R_B^-1 and V = A^T R_A^-1 of the factors' Cholesky roots
 
 The factors are never assumed balanced or orthogonal, since the Gram matrices measure them: the step depends on the
 product alone, not on how it is factored, and rounding drift corrects itself. The result is in the balanced gauge.
+
+A Gram matrix in float64 loses what is smaller than 1e-8 of its largest length. Float32 factors do not resolve that
+anyway; for float64 ones pass 1 is a QR.
 """
 
 from collections.abc import Callable
@@ -18,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_rlora.geometry.gram import cholesky_root, gram, polar_factor, range_root
+from lightning_rlora.geometry.gram import cholesky_root, gram, polar_factor, range_root, root_of_range, triangle
 
 RANGE_FLOOR = {torch.float32: 1e-12, torch.float64: 1e-28}
 """Directions whose squared norm is at most this share of the whole momentum's are rounding of the tall factors."""
@@ -32,22 +35,45 @@ class Factors(NamedTuple):
     momentum: Tensor
 
 
-class Measured(NamedTuple):
-    """What the first pass leaves of a batch: small float64 matrices.
+class Side(NamedTuple):
+    """What the first pass leaves of one side: small float64 matrices.
 
     Attributes:
-        left, right: Gram matrices (L, 3r, 3r) of the two sides.
-        root_left, inverse_left: R_B and its inverse (L, r, r).
-        root_right, inverse_right: R_A and its inverse (L, r, r).
+        root: Upper triangular R with positive diagonal; the basis is factor R^-1, (L, r, r).
+        inverse: R^-1.
+        along: The basis' products with the gradient and the momentum, side by side, (L, r, 2r).
+        rest: What those two hold outside the basis: their Gram matrix (L, 2r, 2r) or, for float64 factors, a matrix
+            (L, k, 2r) that has this Gram matrix.
+        is_gram: Which of the two `rest` is.
+    """
+
+    root: Tensor
+    inverse: Tensor
+    along: Tensor
+    rest: Tensor
+    is_gram: bool
+
+    def rest_square(self, new: Tensor) -> Tensor:
+        """Of a combination `new` (L, 2r, r) of gradient and momentum: the squared norm, (L,), outside the basis."""
+        squares = (new.mT @ self.rest @ new).diagonal(dim1=-2, dim2=-1) if self.is_gram else (self.rest @ new).square()
+        return squares.flatten(1).sum(-1).clamp_min(0)
+
+    def rest_root(self, new: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the same combination: R with R^T R the Gram matrix of its part outside the basis, and R's inverse."""
+        return range_root(new.mT @ self.rest @ new, floor) if self.is_gram else root_of_range(self.rest @ new, floor)
+
+
+class Measured(NamedTuple):
+    """What the first pass leaves of a batch.
+
+    Attributes:
+        left: Of B, its gradient and M_A; the basis is U.
+        right: Of A^T, its gradient and M_B; the basis is V.
         norm_a, norm_b: Frobenius norms of the two tangent factors of P_X(G), (L,).
     """
 
-    left: Tensor
-    right: Tensor
-    root_left: Tensor
-    inverse_left: Tensor
-    root_right: Tensor
-    inverse_right: Tensor
+    left: Side
+    right: Side
     norm_a: Tensor
     norm_b: Tensor
 
@@ -102,21 +128,24 @@ def scaled_direction(norm_a: Tensor, norm_b: Tensor, eps: float) -> Direction:
 
 def measure(left: Factors, right: Factors, scaling: float) -> Measured:
     """Pass 1: everything the step needs to know of the tall matrices."""
-    r = left.factor.shape[-1]
-    n_left, n_right = gram(torch.cat(left, -1)), gram(torch.cat(right, -1))
-    root_left, inverse_left = cholesky_root(n_left[:, :r, :r])
-    root_right, inverse_right = cholesky_root(n_right[:, :r, :r])
+    on_left, on_right = _measure_side(left), _measure_side(right)
     # the tangent factors of P(G) are (1 - U U^T) G V and G^T U, with G V = (c G A^T) R_A^-1 / c and likewise G^T U
-    g = slice(r, 2 * r)
-    along = inverse_left.mT @ n_left[:, :r, g]
-    norm_a = _norm(n_left[:, g, g] - along.mT @ along, inverse_right) / scaling
-    norm_b = _norm(n_right[:, g, g], inverse_left) / scaling
-    return Measured(n_left, n_right, root_left, inverse_left, root_right, inverse_right, norm_a, norm_b)
+    g_v, gt_u = (torch.cat([x.inverse, torch.zeros_like(x.inverse)], 1) / scaling for x in (on_right, on_left))
+    norm_a = on_left.rest_square(g_v).sqrt()
+    norm_b = (on_right.rest_square(gt_u) + (on_right.along @ gt_u).square().sum((1, 2))).sqrt()
+    return Measured(on_left, on_right, norm_a, norm_b)
 
 
-def _norm(n: Tensor, coefficients: Tensor) -> Tensor:
-    """Frobenius norm of W C, (L,), from the Gram matrix of W."""
-    return (coefficients.mT @ n @ coefficients).diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(0).sqrt()
+def _measure_side(side: Factors) -> Side:
+    r = side.factor.shape[-1]
+    tall = torch.cat(side, -1)
+    if tall.dtype == torch.float64:
+        root, inverse, beside, below = triangle(tall, r)
+        return Side(root, inverse, beside, below, is_gram=False)
+    n = gram(tall)
+    root, inverse = cholesky_root(n[:, :r, :r])
+    along = inverse.mT @ n[:, :r, r:]
+    return Side(root, inverse, along, n[:, r:, r:] - along.mT @ along, is_gram=True)
 
 
 def advance(
@@ -163,25 +192,23 @@ def advance(
     zero = torch.zeros_like(eye)
     floor = RANGE_FLOOR[dtype]
 
-    def side(
-        n: Tensor, own_inverse: Tensor, other_inverse: Tensor, turn: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def momentum_on(side: Side, other: Side, turn: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """One side of the momentum: its part along the point, an orthonormal basis of [point, rest], the rest in it."""
         kept = momentum * (eye if turn is None else turn.mT)
-        new = torch.cat([zero, gradient_weight / scaling * other_inverse, kept], 1)  # coefficients on the tall matrices
-        along = own_inverse.mT @ (n[:, :r, :] @ new)
-        rest = torch.cat([-own_inverse @ along, new[:, r:]], 1)
-        whole = (new.mT @ n @ new).diagonal(dim1=-2, dim2=-1).sum(-1)
-        root, inverse = range_root(rest.mT @ n @ rest, floor * whole)
-        return along, torch.cat([torch.cat([own_inverse, zero, zero], 1), rest @ inverse], 2), root
+        new = torch.cat([gradient_weight / scaling * other.inverse, kept], 1)  # coefficients on gradient and momentum
+        along = side.along @ new
+        whole = side.rest_square(new) + along.square().sum((1, 2))
+        root, inverse = side.rest_root(new, floor * whole)
+        basis = torch.cat([-side.inverse @ along, new], 1) @ inverse
+        return along, torch.cat([torch.cat([side.inverse, zero, zero], 1), basis], 2), root
 
     # the part of M_A along U drops out: the gauge U^T M_A = 0
-    _, basis_left, qa_v = side(measured.left, measured.inverse_left, measured.inverse_right, turn_right)
-    along, basis_right, qb_u = side(measured.right, measured.inverse_right, measured.inverse_left, turn_left)
+    _, basis_left, qa_v = momentum_on(measured.left, measured.right, turn_right)
+    along, basis_right, qb_u = momentum_on(measured.right, measured.left, turn_left)
     core = Core(u_v=along.mT, u_qb=qb_u.mT, qa_v=qa_v)
 
     step = direction(core)
-    point = (1 - lr * weight_decay) * scaling * measured.root_left @ measured.root_right.mT
+    point = (1 - lr * weight_decay) * scaling * measured.left.root @ measured.right.root.mT
     moved = Core(u_v=point - lr * step.u_v, u_qb=-lr * step.u_qb, qa_v=-lr * step.qa_v).dense()
     p, sigma, qt = torch.linalg.svd(moved)  # the best rank-r approximation: the retraction
     p, q = p[:, :, :r], qt.mT[:, :, :r]

@@ -194,15 +194,12 @@ def test_order_depends_on_seed_and_epoch_only(fit):
     assert tokens(streamed) == tokens(reference)
 
 
-def test_global_random_numbers_are_left_alone(fit, corpus):
+def test_global_random_numbers_are_left_alone(fit, corpus, letters):
     import numpy
 
     for data in ({}, {"streaming": True}, {"num_workers": 1}, {"validation_fraction": 0.2}):
         fit(data=data, max_epochs=1)  # whatever is drawn once, on import, is drawn here
-        module = TextData(train=corpus, predict=corpus, max_length=32, **data)
-        from conftest import LetterTokenizer
-
-        module.tokenizer = LetterTokenizer()
+        module = TextData(train=corpus, predict=corpus, tokenizer=letters, max_length=32, **data)
         states = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist()
         loaders = [module.train_dataloader(), module.predict_dataloader()]
         loaders += [] if module.streaming else [module.val_dataloader()]
