@@ -7,6 +7,7 @@ that run a Trainer. Wrong input ends in one line and exit status 2; bugs keep th
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import warnings
@@ -105,10 +106,13 @@ def _quieten() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for message in (".*LeafSpec.*", ".*is_gradient_checkpointing.*"):
-        warnings.filterwarnings("ignore", message, FutureWarning)
-    for message in (".*does not have many workers.*", ".*not empty.*", ".*smaller than the logging.*"):
-        warnings.filterwarnings("ignore", message)
+    for message in ("LeafSpec", "is_gradient_checkpointing"):
+        warnings.filterwarnings("ignore", f".*{message}", FutureWarning)
+    for message in ("LightningCLI's args", "does not have many workers", "not empty", "smaller than the logging"):
+        warnings.filterwarnings("ignore", f".*{message}")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.trainer.connectors.logger_connector"):
+        logging.getLogger(name).addFilter(lambda record: "Tip:" not in record.getMessage())
 
 
 def _user_line(error: Exception) -> str | None:

@@ -30,7 +30,7 @@ def test_factor_gradients_are_the_dense_gradients_products(kind, fields):
     case = one_layer(kind, **fields)
     (pair,) = find_pairs(case.model)
     case.model(case.x).backward()
-    check_products(pair, case.dense_gradient(), 1e-13)  # measured at most 4e-16
+    check_products(pair, case.dense_gradient(), 1e-13)  # measured at most 6e-16
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -44,7 +44,7 @@ def test_in_the_balanced_gauge_a_division_of_columns_gives_the_projections_produ
     case.model(case.x).backward()
     gradient = case.dense_gradient()
     root = (pair.scaling * point.s).sqrt()
-    assert relative(matrix(pair.b.grad) / root, gradient @ point.v) < 1e-12  # measured at most 2e-15
+    assert relative(matrix(pair.b.grad) / root, gradient @ point.v) < 1e-12  # measured at most 6e-16
     assert relative(matrix(pair.a.grad).mT / root, gradient.mT @ point.u) < 1e-12
 
 
@@ -72,7 +72,7 @@ def check_whole_model(model, backward):
     for pair in pairs:
         gradient = pair.layer.base_layer.weight.grad
         gradient = gradient.T if type(pair.layer.base_layer).__name__ == "Conv1D" else gradient.flatten(1)
-        check_products(pair, gradient, 1e-12)  # measured at most 3e-15
+        check_products(pair, gradient, 1e-12)  # measured at most 1e-15
 
 
 def test_dropout_enters_the_gradient_of_the_product():
@@ -121,7 +121,7 @@ def test_dora_gives_the_products_of_its_norm_detached_gradient(kind):
     dense = OneLayer(Dense())(case.x)
     assert relative(case.model(case.x), dense) < 1e-12
     dense.backward()
-    check_products(pair, delta.grad, 1e-12)  # measured at most 2e-15
+    check_products(pair, delta.grad, 1e-12)  # measured at most 4e-16
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -142,7 +142,7 @@ def test_quantised_bases(quantised_llama, bits):
     for pair in pairs:
         x, y = seen[pair.layer]
         gradient = y.grad.flatten(0, 1).double().mT @ x.flatten(0, 1).double()
-        check_products(pair, gradient.float(), 1e-5)  # measured at most 4e-7
+        check_products(pair, gradient.float(), 1e-5)  # measured at most 3e-7
 
 
 def test_read_point_is_the_svd_of_the_product():
@@ -219,10 +219,10 @@ def test_zero_factors_start_on_the_manifold_without_moving_the_function(which):
     assert needed
     singular = torch.linalg.svdvals(2.0 * new_b.double() @ new_a.double())
     assert torch.allclose(singular[:3], torch.full((3,), START, dtype=torch.float64), rtol=1e-5)
-    # the outputs of a layer of ordinary size move by less than 4 units of its rounding; measured 0.7
+    # the outputs of a layer of ordinary size move by a dozen units of float32's rounding at most; measured 7e-7
     weight, x = torch.randn(7, 9) / 3, torch.randn(100, 9)
     moved = (F.linear(x, weight + 2.0 * new_b @ new_a) - F.linear(x, weight)).norm() / F.linear(x, weight).norm()
-    assert float(moved) < 4 * 2**-20
+    assert float(moved) < 1.5e-6
     again = read_point(new_b, new_a, 2.0)
     if which == "B":
         assert relative(again.v @ (again.v.mT @ a.double().mT), a.double().mT) < 1e-5

@@ -29,7 +29,7 @@ def test_products_with_the_base_models_gradient(kind, width):
     with torch.no_grad():
         pairs[0].b.zero_()  # the gradient is that of the base alone
     gradient = case.dense_gradient()
-    assert relative(right[0], gradient @ omegas[0]) < 1e-13  # measured at most 4e-16
+    assert relative(right[0], gradient @ omegas[0]) < 1e-13  # measured at most 5e-16
     assert relative(left[0], gradient.mT @ qs[0]) < 1e-13
 
 
@@ -88,8 +88,8 @@ def test_quantised_bases(quantised_llama, bits):
     for pair, omega, g_omega, q, gt_q in zip(pairs, omegas, right, qs, left, strict=True):
         x, y = seen[pair.layer]  # of the last pass; every pass is the base's own function
         gradient = y.grad.flatten(0, 1).mT @ x.flatten(0, 1)
-        assert relative(g_omega, gradient @ omega) < 1e-4  # float32; 8 bits also quantises the activations
-        assert relative(gt_q, gradient.mT @ q) < 1e-4
+        assert relative(g_omega, gradient @ omega) < 1e-5  # measured at most 3e-7 in float32
+        assert relative(gt_q, gradient.mT @ q) < 1e-5
 
 
 def test_all_layers_at_once_and_of_different_widths():
@@ -112,7 +112,7 @@ def test_all_layers_at_once_and_of_different_widths():
         backward()
     for pair, omega, g_omega, q, gt_q in zip(pairs, omegas, right, qs, left, strict=True):
         gradient = pair.layer.base_layer.weight.grad
-        assert relative(g_omega, gradient @ omega) < 1e-12  # measured at most 3e-15
+        assert relative(g_omega, gradient @ omega) < 1e-12  # measured at most 4e-16
         assert relative(gt_q, gradient.mT @ q) < 1e-12
 
 

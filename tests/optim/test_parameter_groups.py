@@ -198,4 +198,4 @@ def test_layers_forward_trains():
         optimizer.step()
         losses.append(loss.item())
     print(f"\nloss {losses[0]:.3f} -> {losses[-1]:.3f}")
-    assert losses[-1] < 0.6 * losses[0]  # measured RATIO
+    assert losses[-1] < 0.6 * losses[0]  # measured 0.54
