@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from lightning_rlora import callbacks, data, modules, optim  # noqa: F401  - so that configs may use short class names
 from lightning_rlora.callbacks import AdapterExport, RunRecord
@@ -48,6 +48,15 @@ def condense(message: str) -> str:
     return ".".join(dict.fromkeys(keys)) + (": " if keys else "") + cause[:400]
 
 
+class SaveFitConfig(SaveConfigCallback):
+    """Saves the configuration of a training run; measuring or predicting must not replace it."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save if this is a fit."""
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
+
+
 class RloraCLI(LightningCLI):
     """Subclass mode for model and data, a checkpoint folder in the run's folder, and the callbacks every run has."""
 
@@ -57,10 +66,11 @@ class RloraCLI(LightningCLI):
             LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
+            save_config_callback=SaveFitConfig,
+            save_config_kwargs={"overwrite": True},
             parser_class=Parser,
             args=args,
             seed_everything_default=0,
-            save_config_kwargs={"overwrite": True},
             trainer_defaults={
                 "logger": False,
                 "default_root_dir": "runs/default",

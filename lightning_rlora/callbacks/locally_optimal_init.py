@@ -110,11 +110,15 @@ class LocallyOptimalInit(Callback):
                     value = loss(pl_module, batch) / len(batches)
                 run(value)
                 total += value.item()
-            return total
+            return float(trainer.strategy.reduce(torch.tensor(total, device=pl_module.device), reduce_op="mean"))
 
         def backward() -> None:
             with isolate_rng():
                 mean_loss(Tensor.backward)
+            for p in pl_module.parameters():
+                if p.requires_grad:  # all processes start at the same point: that of their mean gradient
+                    gradient = torch.zeros_like(p) if p.grad is None else p.grad
+                    p.grad = trainer.strategy.reduce(gradient, reduce_op="mean")
 
         @torch.no_grad()
         def evaluate() -> float:

@@ -17,8 +17,8 @@ from lightning_rlora.optim.balance import balance, imbalance
 class Retraction(Callback):
     """Leaves every adapter in the balanced gauge after each real optimizer step.
 
-    In that gauge a point X = U diag(s) V^T is stored as B = U sqrt(s / c) and A = sqrt(s / c) V^T. What the callback does
-    for it depends on the optimizer, and it says which at the start of training:
+    In that gauge a point X = U diag(s) V^T is stored as B = U sqrt(s / c) and A = sqrt(s / c) V^T. What the callback
+    does for it depends on the optimizer, and it says which at the start of training:
 
     - `Riemannion` and `RiemannianSGD` retract to the balanced point in their own step. Here the callback only *checks*
       the invariants, every `check_every` steps, and heals factors that drifted further than `tolerance` (changed from

@@ -87,6 +87,7 @@ class CausalLM(LightningModule):
         self._optimizer_factory = optimizer
         self._scheduler_factory = lr_scheduler
         self._rng_to_restore: dict[str, Any] | None = None
+        self._optimizers_resumed: list[str] | None = None
 
         self.tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
         model = load_base(base, dtype=dtype, quantization=quantization, trust_remote_code=trust_remote_code)
@@ -136,8 +137,21 @@ class CausalLM(LightningModule):
         return loss
 
     def on_fit_start(self) -> None:
-        """Put the model in training mode: pretrained models are loaded in evaluation mode, and Lightning keeps that."""
+        """Put the model in training mode, since Lightning keeps the evaluation mode that pretrained models come in.
+
+        Raises:
+            UserError: If the run is resumed with another optimizer; torch would load its state without a word.
+        """
         self.model.train()
+        optimizers = self._optimizer_names()
+        if self._optimizers_resumed not in (None, optimizers):
+            raise UserError(
+                f"the checkpoint was made with the optimizer {', '.join(self._optimizers_resumed)}, and this run has "
+                f"{', '.join(optimizers)}: resume with the run's own configuration"
+            )
+
+    def _optimizer_names(self) -> list[str]:
+        return [type(optimizer).__name__ for optimizer in self.trainer.optimizers]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Restore the random state of a resumed run at the latest moment, when nothing draws any more."""
@@ -215,11 +229,13 @@ class CausalLM(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the frozen base out, and keep the random state for an exact resume."""
         checkpoint["state_dict"] = keep_adapter(self, checkpoint["state_dict"])
+        checkpoint["optimizer_names"] = self._optimizer_names()
         checkpoint["rng"] = self._rng_to_restore or _save_rng()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse an adapter that does not fit before anything is loaded."""
         check_adapter(self, checkpoint["state_dict"])
+        self._optimizers_resumed = checkpoint.get("optimizer_names")
         self._rng_to_restore = checkpoint.get("rng")
 
 

@@ -318,7 +318,7 @@ def _check_pair(a: Tensor, b: Tensor, scaling: float) -> None:
 def _full_precision() -> Iterator[None]:
     """No autocast and no TF32: factors must keep the digits of their dtype."""
     # read a backend at a time: torch.get_float32_matmul_precision raises where these newer switches were used
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -31,6 +31,15 @@ def eval_loss(module, batches):
         return sum(module.loss(batch).item() for batch in batches) / len(batches)
 
 
+def same_start(got, expected):
+    """The same column and row spaces and singular values; the signs of X0's triplets are the SVD's to choose."""
+    return all(
+        (x @ x.mT - y @ y.mT).norm() < 1e-4 * (y @ y.mT).norm()
+        and (x.mT @ x - y.mT @ y).norm() < 1e-4 * (y.mT @ y).norm()
+        for x, y in zip(got, expected, strict=True)
+    )
+
+
 @pytest.mark.parametrize("count", [1, 3])
 def test_starts_where_the_function_does(tmp_path, count):
     """The same start as by hand, from the mean gradient of the first batches in evaluation mode."""
@@ -48,10 +57,9 @@ def test_starts_where_the_function_does(tmp_path, count):
         alpha=-0.1,
         generator=torch.Generator().manual_seed(0),
     )
-    for x, y in zip(found[0][0], products(by_hand), strict=True):
-        assert (x - y).norm() < 1e-5 * y.norm()
-    for x, y in zip(found[0][1], bases(by_hand), strict=True):
-        assert (x - y).norm() < 1e-6 * y.norm()
+    assert same_start(found[0][0], products(by_hand))
+    for base, x, before in zip(found[0][1], found[0][0], bases(Project()), strict=True):
+        assert (base + x - before).norm() < 1e-6 * before.norm()
     assert [s.name for s in callback.starts] == [f"network.base_model.model.{layer}" for layer in ("first", "last")]
     assert [s.captured for s in callback.starts] == pytest.approx([s.captured for s in starts], rel=1e-4)
     assert callback.loss_before == pytest.approx(pristine, rel=1e-5)
@@ -72,6 +80,35 @@ def test_makes_no_pass_too_many(tmp_path):
     trainer(tmp_path, [callback], max_steps=2).fit(Project(), loader())
     assert calls.count(True) == 2 * 2 * 3  # batches x 2 (q + 1)
     assert calls.count(False) == 2 * 2  # the loss before and after
+
+
+def test_two_processes_start_at_the_same_point_from_their_mean_gradient(tmp_path):
+    """Over gloo, each process with rows of its own."""
+    seen = []
+
+    def loss(module, batch):
+        seen.append(batch)
+        return module.loss(batch)
+
+    def write(t, module):
+        torch.save((products(module), bases(module), callback.loss_before, seen[0]), tmp_path / f"{t.global_rank}.pt")
+
+    callback = LocallyOptimalInit(alpha=-0.1, loss=loss)
+    trainer(tmp_path, [callback, AtStart(write)], max_steps=1, strategy="ddp_fork", devices=2).fit(Project(), loader())
+    one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert all(torch.equal(x, y) for part in (0, 1) for x, y in zip(one[part], two[part], strict=True))
+    assert one[2] == two[2]
+    assert not torch.equal(one[3], two[3])
+    rows = torch.cat([one[3], two[3]])
+    by_hand = Project().eval()
+    locally_optimal_init(
+        by_hand,
+        lambda: by_hand.loss(rows).backward(),
+        alpha=-0.1,
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert same_start(one[0], products(by_hand))
+    assert one[2] == pytest.approx(eval_loss(Project(), [rows]), rel=1e-5)
 
 
 def random_states():

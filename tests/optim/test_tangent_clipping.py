@@ -89,3 +89,24 @@ def test_riemannion_feels_clipping_only_through_its_momentum(case):
         runs[threshold] = after
     assert all(relative(x, y) < 1e-11 for x, y in zip(runs[None][0], runs[10.0][0], strict=True))
     assert all(relative(x, y) > 1e-2 for x, y in zip(runs[None][1], runs[10.0][1], strict=True))
+
+
+def test_simulated_adam_averages_the_clipped_norms(case):
+    """Clipping equals handing over smaller gradients; without a momentum their scale shows in the second step."""
+    gradients, _, _ = case
+    ends = []
+    for clipped in (True, False):
+        model = adapted(torch.float64)
+        pairs = find_pairs(model)
+        optimizer = RiemannianSGD.for_model(
+            model, lr=LR, momentum=0.0, simulate_adam=True, max_tangent_norm=5.0 if clipped else None
+        )
+        for factor in (100.0, 0.01):
+            scale = 1.0
+            if not clipped:
+                xis = [tangent_part(*bases(x, 3), factor * g) for x, g in zip(products(model), gradients, strict=True)]
+                scale = min(1.0, 5.0 / float(sum(xi.square().sum() for xi in xis)) ** 0.5)
+            hand_over(pairs, [scale * factor * g for g in gradients])
+            optimizer.step()
+        ends.append(products(model))
+    assert all(relative(x, y) < 1e-11 for x, y in zip(*ends, strict=True))
