@@ -108,7 +108,7 @@ class RloraCLI(LightningCLI):
         batches = self.trainer.predict(**kwargs) or []
         path = Path(self.trainer.default_root_dir) / "predictions.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        records = [record for batch in batches for record in batch]  # type: ignore[union-attr]
+        records = [record for batch in batches for record in batch]
         partial = path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
         partial.replace(path)

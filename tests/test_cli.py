@@ -145,7 +145,8 @@ def finished(tmp_path_factory):
     os.chdir(home)
     records = [{"text": f"The {n}th of the many sentences that tell a number."} for n in range(24)]
     Path("data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    main([*FIT, *LOI, "--trainer.max_steps", "4", "--trainer.log_every_n_steps", "2", "--trainer.callbacks+=Retraction"])
+    steps = ["--trainer.max_steps", "4", "--trainer.log_every_n_steps", "2"]
+    main([*FIT, *LOI, *steps, "--trainer.callbacks+=Retraction"])
     os.chdir(old)
     return home
 
@@ -198,7 +199,8 @@ base, ids = sys.argv[1], torch.arange(40).view(2, 20) * 97 % 4096
 load = lambda folder: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 with torch.no_grad():
     adapters = [PeftModel.from_pretrained(load(base), f).eval()(ids).logits for f in ("run/adapter", "exported")]
-    results = {"adapter": adapters[0], "exported": adapters[1], "merged": load("merged")(ids).logits, "base": load(base)(ids).logits}
+    results = dict(zip(("adapter", "exported"), adapters))
+    results |= {"merged": load("merged")(ids).logits, "base": load(base)(ids).logits}
 torch.save(results, "logits.pt")
 assert not any(name.startswith("lightning_rlora") for name in sys.modules)
 """
@@ -285,7 +287,10 @@ def test_help_is_quick():
     result = subprocess.run([sys.executable, "-m", "lightning_rlora.cli", "--help"], capture_output=True, text=True)
     assert result.returncode == 0
     assert "quickstart" in result.stdout
-    assert "torch" not in subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "lightning_rlora.cli", "--help"], capture_output=True, text=True
-    ).stderr
+    assert (
+        "torch"
+        not in subprocess.run(
+            [sys.executable, "-X", "importtime", "-m", "lightning_rlora.cli", "--help"], capture_output=True, text=True
+        ).stderr
+    )
     assert time.perf_counter() - start < 60  # a hang, not a benchmark: measured 0.2 s

@@ -32,8 +32,10 @@ def test_the_saved_adapter_loads_as_printed(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     main(
-        ["fit", "--config", str(ROOT / "configs" / "quickstart.yaml"), "--trainer.max_steps", "1"]
-        + ["--trainer.limit_val_batches", "1", "--trainer.enable_progress_bar", "false", "--data.max_length", "64"]
+        [
+            *("fit", "--config", str(ROOT / "configs" / "quickstart.yaml"), "--trainer.max_steps", "1"),
+            *("--trainer.limit_val_batches", "1", "--trainer.enable_progress_bar", "false", "--data.max_length", "64"),
+        ]
     )
     scope = {}
     exec(compile(block_with("PeftModel.from_pretrained"), "README.md", "exec"), scope)
@@ -41,7 +43,7 @@ def test_the_saved_adapter_loads_as_printed(tmp_path, monkeypatch):
 
 
 def test_the_commands_are_those_that_are_checked():
-    commands = [line for line in re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)[0:2]]
+    commands = re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)[:2]
     script = (ROOT / ".ci" / "run").read_text()
     for command in commands:
         assert command.strip() in script

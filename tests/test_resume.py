@@ -37,6 +37,7 @@ METHODS = {
         *("--model.optimizer.simulate_adam", "true", "--trainer.callbacks+=Retraction"),
     ],
 }
+KILLER = ["--trainer.callbacks+=killer.KillAt"]
 # 9 batches an epoch make 5 steps (4 of two batches and one of one); checkpoints after steps 2, 4, 6, 8 and 10
 MOMENTS = {
     "middle of the first epoch": ["--trainer.callbacks.batch=6"],
@@ -70,7 +71,7 @@ def test_a_killed_run_resumes_to_the_same_bits(moment, uninterrupted, tmp_path):
     method, (weights, state, files) = uninterrupted
     arguments = [*COMMON, *method, "--trainer.default_root_dir", str(tmp_path)]
     killed = subprocess.run(
-        [sys.executable, "-m", "lightning_rlora.cli", *arguments, "--trainer.callbacks+=killer.KillAt", *MOMENTS[moment]],
+        [sys.executable, "-m", "lightning_rlora.cli", *arguments, *KILLER, *MOMENTS[moment]],
         env=os.environ | {"PYTHONPATH": str(PROJECTS), "OMP_NUM_THREADS": str(torch.get_num_threads())},
         capture_output=True,
     )

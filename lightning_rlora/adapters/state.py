@@ -1,5 +1,6 @@
 """What a checkpoint must hold of an adapted model: everything but the frozen base."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def check_adapter(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
             )
 
 
-def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
+def read_checkpoint(path: str | os.PathLike, map_location: Any = "cpu") -> dict[str, Any]:
     """The contents of a checkpoint file: tensors and plain data, no code.
 
     Raises:

@@ -7,7 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_rlora.adapters import LoraPair, find_pairs, get_offset, track_offsets, write_point
+from lightning_rlora.adapters import (
+    LoraPair,
+    find_pairs,
+    get_offset,
+    group_by_shape,
+    read_points,
+    track_offsets,
+    write_point,
+)
+from lightning_rlora.adapters.gauge import START
 from lightning_rlora.adapters.pairs import base_weight, is_quantised, matrix
 from lightning_rlora.adapters.probes import Probes, probing
 from lightning_rlora.errors import UserError
@@ -71,7 +80,9 @@ def locally_optimal_init(
         UserError: If 2r exceeds min(m, n) of a layer, a base cannot take the offset, or a gradient is not finite.
     """
     pairs = find_pairs(model)
-    _check(pairs, subtract=subtract)
+    if alpha == 0:
+        raise UserError("alpha = 0 is no point of the manifold: give the start another size")
+    _check(model, pairs, subtract=subtract)
     track_offsets(pairs)
     with probing(model, pairs, backward) as probes:
         found = _gradient_triplets(pairs, probes, oversampling, power_steps, generator)
@@ -99,7 +110,7 @@ def locally_optimal_init(
     return starts
 
 
-def _check(pairs: list[LoraPair], *, subtract: bool) -> None:
+def _check(model: nn.Module, pairs: list[LoraPair], *, subtract: bool) -> None:
     """Refuse what cannot be started before any pass is run."""
     for pair in pairs:
         m, n, r = pair.shape
@@ -110,13 +121,21 @@ def _check(pairs: list[LoraPair], *, subtract: bool) -> None:
             )
         if subtract and is_quantised(pair):
             raise UserError(f"the base of layer {pair.name} is quantised and cannot be shifted: use offset 'none'")
-    if subtract:
-        shared = Counter(id(base_weight(pair)) for pair in pairs)
-        for pair in pairs:
-            if shared[id(base_weight(pair))] > 1:
+    for batch in group_by_shape(pairs):
+        for pair, size in zip(batch, read_points(batch).s[:, 0].tolist(), strict=True):
+            if size > 10 * START:
                 raise UserError(
-                    f"layer {pair.name} shares its base weight with another adapted layer, so it cannot be shifted "
-                    "for one of them: leave one out of target_modules, or use offset 'none'"
+                    f"the adapter of layer {pair.name} holds an update already (trained before, or by its "
+                    "init_lora_weights), which locally optimal initialisation would throw away: start a new one, or "
+                    "leave LocallyOptimalInit out"
+                )
+    if subtract:
+        uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+        for pair in pairs:
+            if uses[id(base_weight(pair))] > 1:
+                raise UserError(
+                    f"layer {pair.name} shares its base weight with another layer, so it cannot be shifted for one of "
+                    "them: leave it out of target_modules, or use offset 'none'"
                 )
 
 

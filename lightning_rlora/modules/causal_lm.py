@@ -29,6 +29,7 @@ from lightning_rlora.adapters import (
 )
 from lightning_rlora.errors import UserError
 from lightning_rlora.modules.base_model import load_base, load_tokenizer
+from lightning_rlora.modules.packing import check_packing
 from lightning_rlora.optim import FixedRankOptimizer, LinearWithWarmup, Riemannion, parameter_groups
 
 log = logging.getLogger(__name__)
@@ -88,6 +89,7 @@ class CausalLM(LightningModule):
         self._scheduler_factory = lr_scheduler
         self._rng_to_restore: dict[str, Any] | None = None
         self._optimizers_resumed: list[str] | None = None
+        self._packing_checked = False
 
         self.tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
         model = load_base(base, dtype=dtype, quantization=quantization, trust_remote_code=trust_remote_code)
@@ -126,6 +128,9 @@ class CausalLM(LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The loss of a batch, logged as train/loss."""
+        if "position_ids" in batch and not self._packing_checked:
+            check_packing(self.model)
+            self._packing_checked = True
         loss = self.loss(batch, self(batch))
         if not torch.isfinite(loss):
             raise UserError(

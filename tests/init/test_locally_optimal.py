@@ -366,7 +366,7 @@ def test_what_cannot_be_started_is_refused_before_any_pass(llama):
     refused(tied, "shares its base weight")
     model, backward = llama
     locally_optimal_init(model, backward, generator=generator())
-    with pytest.raises(UserError, match="carries an offset already"):
+    with pytest.raises(UserError, match="holds an update already"):
         locally_optimal_init(model, backward, generator=generator())
 
 
