@@ -19,7 +19,7 @@ METHODS = {
         ["--trainer.callbacks", "null", "--model.optimizer", "torch.optim.AdamW"],
     ),
     "Riemannion": (
-        [0.03, 0.06, 0.1, 0.15, 0.2],
+        [0.06, 0.1, 0.15],
         ["--trainer.callbacks", "null"],
     ),
     "Riemannion + LOI (the quickstart)": ([0.03, 0.06, 0.1, 0.15, 0.2], []),

@@ -5,7 +5,7 @@
 Each input is JSON lines with a `text` field, one book a line, plain or compressed with zstd. The model in the package
 was made by this script from 628 Project Gutenberg books (the GitHub repository rcdm-uga/Gutenberg_Text at
 commit a0b16d3) and judged on twelve others. It needs a CUDA device and ten minutes; the schedule follows the clock
-(`--minutes`), and the learning rate falls to zero so slowly that the held-out loss has levelled off before.
+(`--minutes`), and the learning rate falls to zero along half a cosine.
 """
 
 import argparse
