@@ -79,6 +79,11 @@ class FixedRankOptimizer(Optimizer):
         self._generator = torch.Generator().manual_seed(0)  # of the random factors that replace zero ones
         super().__init__(params, {"scaling": 1.0, "betas": (0.9, 0.999), "eps": 1e-8} | defaults)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy needs beyond groups and state, which is all that torch's optimizers copy."""
+        own = ("max_tangent_norm", "_adamw_lr", "_generator")
+        return super().__getstate__() | {name: getattr(self, name) for name in own}
+
     @classmethod
     def for_model(cls, model: nn.Module, **options: Any) -> Self:
         """The optimizer of everything that trains in an adapted model.

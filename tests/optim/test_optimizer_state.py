@@ -1,5 +1,6 @@
 """Resuming, closures, loss scaling, schedulers, and what surrounds a step."""
 
+import copy
 import io
 
 import pytest
@@ -262,3 +263,18 @@ def test_step_hooks_fire_once_per_step():
         all_gradients(model, step)
         optimizer.step()
     assert len(seen) == 3
+
+
+def test_a_copy_of_model_and_optimizer_goes_on_like_the_original():
+    model = adapted()
+    optimizer = Riemannion.for_model(model, lr=0.05, max_tangent_norm=0.5)
+    for step in range(3):
+        all_gradients(model, step)
+        optimizer.step()
+    other, copied = copy.deepcopy((model, optimizer))
+    assert copied.max_tangent_norm == 0.5
+    for m, o in ((model, optimizer), (other, copied)):
+        all_gradients(m, 3)
+        o.step()
+    for name, value in trained(model).items():
+        assert torch.equal(trained(other)[name], value), name
