@@ -8,7 +8,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_rlora.adapters import export_adapter, find_pairs, merge_adapter
+    from lightning_rlora.adapters import export_adapter, find_pairs, merge_adapter, track_offsets
     from lightning_rlora.callbacks import AdapterOnlyCheckpoint, LocallyOptimalInit, Retraction, SpectrumMonitor
     from lightning_rlora.data import TextData
     from lightning_rlora.errors import UserError
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lightning_rlora.optim import RiemannianSGD, Riemannion
 
 _HOMES = {
-    "adapters": ("export_adapter", "find_pairs", "merge_adapter"),
+    "adapters": ("export_adapter", "find_pairs", "merge_adapter", "track_offsets"),
     "callbacks": ("AdapterOnlyCheckpoint", "LocallyOptimalInit", "Retraction", "SpectrumMonitor"),
     "data": ("TextData",),
     "errors": ("UserError",),
@@ -41,6 +41,7 @@ __all__ = [
     "find_pairs",
     "locally_optimal_init",
     "merge_adapter",
+    "track_offsets",
 ]
 
 

@@ -35,13 +35,16 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if argv and argv[0] in TRAINER_COMMANDS:
             _set_environment()
-            from lightning_rlora.trainer_cli import run_trainer
+            from lightning_rlora.trainer_cli import RloraCLI
 
-            run_trainer(argv)
+            RloraCLI(argv)
         else:
             args = _parser().parse_args(argv)
             _set_environment()
             args.run(args)
+    except KeyboardInterrupt:
+        print("rlora: interrupted", file=sys.stderr)
+        sys.exit(130)
     except Exception as error:
         line = _user_line(error)
         if line is None:
@@ -124,7 +127,7 @@ def _user_line(error: Exception) -> str | None:
     while cause is not None:  # the configuration parser wraps what a constructor raises
         if isinstance(cause, UserError):
             return " ".join(str(cause).split())
-        cause = cause.__cause__ or cause.__context__
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     if isinstance(error, OSError):
         where = f": {error.filename}" if error.filename else ""
         return f"{error.strerror or error}{where}"

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from lightning_rlora import callbacks, data, modules, optim  # noqa: F401  - so that configs may use short class names
-from lightning_rlora.callbacks import AdapterExport, RunRecord
+from lightning_rlora.callbacks import AdapterExport, RunRecord, SpectrumMonitor
 from lightning_rlora.callbacks.atomic_checkpoint_io import AtomicCheckpointIO
 from lightning_rlora.errors import UserError
 
@@ -36,14 +36,15 @@ def condense(message: str) -> str:
     keys = re.findall(r'Parser key "([^"]+)"', message)
     lines = [line.strip(" -") for line in message.splitlines() if line.strip(" -")]
     causes = [line for line in lines if not _NOISE.match(line)]
-    cause = (
-        max(causes, key=lambda line: "Literal" in line) if causes else lines[-1]
-    )  # the first, unless one lists values
+    # the first, unless one lists the values that are allowed
+    cause = max(causes, key=lambda line: "Literal" in line) if causes else lines[-1]
     cause = re.sub(r'^Parser key "[^"]+": ', "", cause)
     cause = re.sub(r"^Expected a dot import path string: (.*)", r"there is no class '\1'", cause)
     given = re.search(r"Given value: (.*)$", message, re.MULTILINE)
     if cause.startswith("Expected") and "Got value" not in cause and given:
         cause += f", not {given.group(1)}"
+        if given.group(1).startswith("{"):
+            cause += " (a text with a colon or braces needs quotes inside the shell's: '\"...\"')"
     cause = re.sub(r"a typing\.Literal\[(.*?)\]", r"one of \1", cause)
     return ".".join(dict.fromkeys(keys)) + (": " if keys else "") + cause[:400]
 
@@ -81,13 +82,15 @@ class RloraCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Checkpoints are configured under `checkpoint`."""
+        """Checkpoints are configured under `checkpoint`, the spectrum's record under `spectrum`."""
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(SpectrumMonitor, "spectrum")
         parser.set_defaults(
             {
                 "checkpoint.save_last": True,
                 "checkpoint.filename": "step={step}",
                 "checkpoint.auto_insert_metric_name": False,
+                "spectrum.every_n_steps": 50,
             }
         )
 
@@ -95,13 +98,24 @@ class RloraCLI(LightningCLI):
         """Keep to the configuration given; Lightning would let the checkpoint's hyperparameters override it."""
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """A Trainer that writes whole checkpoints or none."""
+        """A Trainer that writes whole checkpoints or none, into the run's folder whatever the logger."""
         config = self._get(self.config_init, "trainer")
+        checkpoint = self._get(self.config_init, "checkpoint")
+        if checkpoint.dirpath is None:
+            checkpoint.dirpath = str(Path(config["default_root_dir"]).absolute() / "checkpoints")
         plugins = config.get("plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         if config.get("enable_progress_bar") is not False:
             self.trainer_defaults["callbacks"].append(RichProgressBar())
         return super().instantiate_trainer(plugins=[*plugins, AtomicCheckpointIO()], **kwargs)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """What the subcommand runs with; only a fit may start afresh where there is no last checkpoint."""
+        arguments = super()._prepare_subcommand_kwargs(subcommand)
+        last = Path(self.trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+        if subcommand != "fit" and arguments.get("ckpt_path") == "last" and not last.is_file():
+            raise UserError(f"there is no checkpoint {last}: name the run's folder with --trainer.default_root_dir")
+        return arguments
 
     def predict(self, **kwargs: Any) -> None:
         """Write the predictions as JSON lines."""
@@ -110,11 +124,8 @@ class RloraCLI(LightningCLI):
         path.parent.mkdir(parents=True, exist_ok=True)
         records = [record for batch in batches for record in batch]
         partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        partial.write_text(
+            "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8"
+        )
         partial.replace(path)
         print(f"{len(records)} predictions written to {path}")
-
-
-def run_trainer(argv: list[str]) -> None:
-    """Parse the arguments, build everything and run the subcommand."""
-    RloraCLI(argv)

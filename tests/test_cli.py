@@ -90,6 +90,11 @@ BAD_INPUT = {
         ["--trainer.gradient_clip_val", "1", "--trainer.gradient_clip_algorithm", "value"],
         ["norm"],
     ),
+    "frozen adapter": (["--model.adapter", "{r: 4, inference_mode: true}"], ["unfrozen"]),
+    "a schedule without a length": (
+        ["--trainer.max_steps", "-1", "--data.streaming", "true", "--model.lr_scheduler", "LinearWithWarmup"],
+        ["max_steps"],
+    ),
     "no start of size zero": (
         ["--trainer.callbacks", "[{class_path: LocallyOptimalInit, init_args: {alpha: 0}}]"],
         ["alpha"],
@@ -132,7 +137,7 @@ def test_a_bug_keeps_its_traceback(folder, monkeypatch):
     def broken(*args):
         raise AttributeError("a bug")
 
-    monkeypatch.setattr("lightning_rlora.trainer_cli.run_trainer", broken)
+    monkeypatch.setattr("lightning_rlora.trainer_cli.RloraCLI", broken)
     with pytest.raises(AttributeError, match="a bug"):
         main(["fit"])
 
@@ -154,13 +159,13 @@ def finished(tmp_path_factory):
 def test_fit_leaves_everything_in_its_folder(finished):
     run_folder = finished / "run"
     names = {path.name for path in run_folder.iterdir()}
-    assert names >= {"config.yaml", "metrics.csv", "checkpoints", "adapter", "loss.png"}
+    assert names >= {"config.yaml", "metrics.csv", "checkpoints", "adapter", "loss.png", "spectrum.png"}
     header, first, *_ = (run_folder / "metrics.csv").read_text().splitlines()
     assert header.split(",")[:4] == ["step", "train/loss", "val/loss", "val/perplexity"]
     assert first.startswith("0,,")
     checkpoint, adapter = run_folder / "checkpoints" / "last.ckpt", run_folder / "adapter"
-    # the adapter is exported with rank 2r because of the offset; a checkpoint of it holds momentum and offset as well
-    assert checkpoint.stat().st_size <= 4 * (adapter / "adapter_model.safetensors").stat().st_size
+    # half of the exported adapter is the trained one's size: the other half is the offset (measured 3.35 times it)
+    assert checkpoint.stat().st_size <= 4 * 0.5 * (adapter / "adapter_model.safetensors").stat().st_size
 
 
 def test_the_saved_configuration_runs_again(finished, monkeypatch, capsys):
@@ -237,6 +242,8 @@ def test_checkpoints_of_another_model_are_refused(finished, monkeypatch, capsys)
     fails([*FIT, "--ckpt_path", "foreign.ckpt", "--trainer.default_root_dir", "other"], capsys, "another base model")
     whole = Path("run/checkpoints/last.ckpt").read_bytes()
     Path("half.ckpt").write_bytes(whole[: len(whole) // 2])
+    Path("tiny.ckpt").write_bytes(whole[:5000])
+    fails([*FIT, "--ckpt_path", "tiny.ckpt", "--trainer.default_root_dir", "other"], capsys, "tiny.ckpt", "truncated")
     fails([*FIT, "--ckpt_path", "half.ckpt", "--trainer.default_root_dir", "other"], capsys, "half.ckpt", "truncated")
 
 
@@ -245,6 +252,35 @@ def test_ckpt_path_last_without_a_checkpoint_starts_afresh_and_says_so(folder, c
         status, _, err = run([*FIT, "--ckpt_path", "last"], capsys)
     assert status == 0, err
     assert Path("run/checkpoints/last.ckpt").is_file()
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_measuring_the_last_checkpoint_needs_one(command, folder, capsys):
+    arguments = [command, *FIT[1:], "--data.test", "data.jsonl", "--data.predict", "data.jsonl", "--ckpt_path", "last"]
+    fails(arguments, capsys, "last.ckpt")
+
+
+def test_an_adapter_of_another_scaling_is_refused(finished, monkeypatch, capsys):
+    monkeypatch.chdir(finished)
+    arguments = ["validate", "--config", "run/config.yaml", "--ckpt_path", "run/checkpoints/last.ckpt"]
+    fails([*arguments, "--model.adapter.lora_alpha", "8"], capsys, "lora_alpha")
+
+
+def test_with_a_logger_checkpoints_are_still_in_the_runs_folder(folder, capsys):
+    logger = ["--trainer.logger", "lightning.pytorch.loggers.CSVLogger", "--trainer.logger.save_dir", "logs"]
+    assert run([*FIT, *logger], capsys)[0] == 0
+    assert Path("run/checkpoints/last.ckpt").is_file()
+    assert run([*FIT, *logger, "--trainer.max_steps", "3", "--ckpt_path", "last"], capsys)[0] == 0
+    assert not Path("run/previous").exists()
+    assert torch.load("run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 3
+
+
+def test_an_adapter_that_is_no_lora_pair_is_trained_by_adamw_and_exported(folder, capsys):
+    vera = "{peft_type: VERA, r: 8, target_modules: [q_proj]}"
+    with pytest.warns(UserWarning, match="left to AdamW"):
+        status, _, err = run([*FIT, "--model.adapter", vera], capsys)
+    assert status == 0, err
+    assert json.loads(Path("run/adapter/adapter_config.json").read_text())["peft_type"] == "VERA"
 
 
 def test_a_second_run_in_a_folder_loses_nothing(folder, capsys):
@@ -285,6 +321,7 @@ def test_a_read_only_folder_is_named(folder, monkeypatch, capsys):
 def test_help_is_quick():
     start = time.perf_counter()
     result = subprocess.run([sys.executable, "-m", "lightning_rlora.cli", "--help"], capture_output=True, text=True)
+    assert time.perf_counter() - start < 3  # measured 0.2 s
     assert result.returncode == 0
     assert "quickstart" in result.stdout
     assert (
@@ -293,4 +330,3 @@ def test_help_is_quick():
             [sys.executable, "-X", "importtime", "-m", "lightning_rlora.cli", "--help"], capture_output=True, text=True
         ).stderr
     )
-    assert time.perf_counter() - start < 60  # a hang, not a benchmark: measured 0.2 s

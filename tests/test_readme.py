@@ -51,6 +51,12 @@ def test_the_commands_are_those_that_are_checked():
         assert command in _parser().format_help()
 
 
+def test_nothing_is_left_to_fill_in():
+    assert not re.search(r"@[A-Z]+@|TODO|XXX", TEXT)
+    assert re.search(r"Python 3\.\d+", TEXT)
+    assert "| LoRA + AdamW |" in TEXT
+
+
 def test_files_that_are_named_exist():
     for name in re.findall(r"`((?:configs|examples|lightning_rlora)/[\w/.-]+)`", TEXT):
         assert (ROOT / name).exists(), name

@@ -29,8 +29,7 @@ METHODS = {
         *("--model.optimizer", "Riemannion", "--model.optimizer.lr", "0.02"),
         "--trainer.callbacks+=LocallyOptimalInit",
         "--trainer.callbacks+=Retraction",
-        "--trainer.callbacks+=SpectrumMonitor",
-        "--trainer.callbacks.every_n_steps=3",
+        *("--spectrum.every_n_steps", "3"),
     ],
     "RiemannianSGD": [
         *("--model.optimizer", "RiemannianSGD", "--model.optimizer.lr", "0.5"),

@@ -1,6 +1,6 @@
 """PEFT's adapters as points of the fixed-rank manifold: finding, reading, writing, saving them."""
 
-from lightning_rlora.adapters.adapt import PeftConfig, adapt, adapter_config, find_adapted, load_adapter
+from lightning_rlora.adapters.adapt import PeftConfig, adapt, adapter_config, config_fields, find_adapted, load_adapter
 from lightning_rlora.adapters.export import export_adapter, merge_adapter
 from lightning_rlora.adapters.gauge import balanced_factors, group_by_shape, read_point, read_points, write_point
 from lightning_rlora.adapters.offset import BaseOffset, get_offset, offset_factors, track_offsets
@@ -17,6 +17,7 @@ __all__ = [
     "adapter_keys",
     "balanced_factors",
     "check_adapter",
+    "config_fields",
     "export_adapter",
     "find_adapted",
     "find_pairs",

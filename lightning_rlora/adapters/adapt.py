@@ -6,6 +6,7 @@ import pickle
 import re
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,21 @@ def adapter_config(fields: Mapping[str, Any]) -> PeftConfig:
         return config_class(**fields)
     except (TypeError, ValueError, ImportError) as error:
         raise UserError(f"the adapter's configuration is not valid: {_one_line(error)}") from error
+
+
+def config_fields(config: PeftConfig) -> dict[str, Any]:
+    """The fields of a PEFT configuration as plain data, from which `adapter_config` makes it again."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Enum):
+            return value.value
+        if isinstance(value, set):
+            return sorted(value)
+        return {key: plain(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+    fields = {name: plain(value) for name, value in config.to_dict().items()}
+    known = inspect.signature(type(config)).parameters
+    return {name: value for name, value in fields.items() if name == "peft_type" or name in known}
 
 
 def adapt(model: nn.Module, config: PeftConfig) -> PeftModel:

@@ -3,6 +3,7 @@
 import re
 import shutil
 import tempfile
+from collections import Counter
 from copy import copy
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_rlora.adapters.offset import offset_factors, untrack_offsets
-from lightning_rlora.adapters.pairs import LoraPair, find_pairs, matrix
+from lightning_rlora.adapters.pairs import LoraPair, base_weight, find_pairs, matrix, scan
 from lightning_rlora.errors import UserError
 
 _ADAPTER_FILES = {"adapter_config.json", SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, "README.md"}
@@ -60,13 +61,14 @@ def export_adapter(model: nn.Module, folder: str | Path, *, truncated: bool = Fa
         UserError: If the model holds no trainable pair or trains several adapters, if its initialisation changed the
             base, or if the folder holds other things.
     """
-    pairs = find_pairs(model)
-    adapters = sorted({pair.adapter for pair in pairs})
-    if len(adapters) > 1:
-        raise UserError(f"several adapters train ({', '.join(adapters)}): export one at a time, after set_adapter")
     peft_config = getattr(model, "peft_config", None)
     if peft_config is None:
         raise UserError("only a model that PEFT adapted can be exported: it has no peft_config")
+    found = scan(model)
+    pairs = found.pairs if found.others else find_pairs(model)  # VeRA, say, trains without a pair
+    adapters = sorted({pair.adapter for pair in pairs}) or list(peft_config)
+    if len(adapters) > 1:
+        raise UserError(f"several adapters train ({', '.join(adapters)}): export one at a time, after set_adapter")
     config = copy(peft_config[adapters[0]])
     state = get_peft_model_state_dict(model, adapter_name=adapters[0], save_embedding_layers=False)
     shifted = [pair for pair in pairs if offset_factors(pair) is not None]
@@ -96,7 +98,9 @@ def _settle_start(config: LoraConfig, *, shifted: bool) -> None:
     Raises:
         UserError: If the initialisation changed the base in a way that loading cannot repeat.
     """
-    start = config.init_lora_weights
+    start = getattr(config, "init_lora_weights", None)
+    if start is None:
+        return  # another method than LoRA
     if start in ("pissa", "olora") and not shifted:
         return  # PEFT subtracts its start from the base again at loading
     if isinstance(start, str) and start.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
@@ -167,10 +171,21 @@ def merge_adapter(model: PeftModel) -> nn.Module:
     The base may carry an offset: W - X0 + c B A is the weight that was trained. The adapted model is used up.
 
     Raises:
-        UserError: If the model is not a PeftModel.
+        UserError: If the model is not a PeftModel, if the weight of a layer is another layer's too, or if PEFT cannot
+            merge (grouped convolutions, say).
     """
     if not isinstance(model, PeftModel):
         raise UserError("only a PeftModel (get_peft_model) can be merged")
-    merged = model.merge_and_unload()
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    for pair in scan(model).pairs:
+        if uses[id(base_weight(pair))] > 1:
+            raise UserError(
+                f"layer {pair.name} shares its base weight with another layer, which merging would change too: export "
+                "the adapter instead"
+            )
+    try:
+        merged = model.merge_and_unload()
+    except (RuntimeError, NotImplementedError) as error:
+        raise UserError(f"PEFT cannot merge this adapter, export it instead: {error}") from error
     untrack_offsets(merged)
     return merged

@@ -78,8 +78,7 @@ def start_factors(b: Tensor, a: Tensor, scaling: float, generator: torch.Generat
         random = torch.randn(factor.shape, generator=generator, dtype=torch.float64).to(factor.device)
         matrices.append(torch.where((factor == 0).all(), random, factor.double()))
     left, right = matrices
-    on_manifold = torch.linalg.matrix_rank(left) == left.shape[1] and torch.linalg.matrix_rank(right) == right.shape[1]
-    if on_manifold and bool(b.any()) and bool(a.any()):
+    if bool(b.any()) and bool(a.any()) and _has_full_rank(left, b.dtype) and _has_full_rank(right, a.dtype):
         return False
     point = read_point(left, right.mT, scaling)
     if not (bool(b.any()) and bool(a.any())):
@@ -88,3 +87,14 @@ def start_factors(b: Tensor, a: Tensor, scaling: float, generator: torch.Generat
     b.copy_(new_b.reshape(b.shape))
     a.copy_(new_a.reshape(a.shape))
     return True
+
+
+def _has_full_rank(tall: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the columns of a factor are independent beyond the rounding of the dtype it is stored in.
+
+    Columns are scaled to unit norm first: those of a balanced factor may be of very different sizes.
+    """
+    sizes = tall.norm(dim=0)
+    if not bool((sizes > 0).all()):
+        return False
+    return int(torch.linalg.matrix_rank(tall / sizes, rtol=10 * torch.finfo(dtype).eps)) == tall.shape[1]

@@ -1,6 +1,8 @@
 """What a checkpoint must hold of an adapted model: everything but the frozen base."""
 
+import errno
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,28 @@ from lightning_rlora.errors import UserError
 
 
 def adapter_keys(module: nn.Module) -> set[str]:
-    """The keys of `module.state_dict()` that are trained or belong to an adapter's offset.
+    """The keys of `module.state_dict()` that are trained or belong with what is.
+
+    Those are the trainable parameters, the offsets of the base, the buffers of modules that train (statistics of a norm
+    in a trained head), and the frozen LoRA factors of an adapter of which something trains.
 
     Args:
         module: An adapted model, or a LightningModule that contains one.
     """
-    trainable = {name for name, parameter in module.named_parameters(remove_duplicate=False) if parameter.requires_grad}
-    return trainable | {key for key in module.state_dict() if f".{NAME}." in f".{key}"}
+    keys = {name for name, parameter in module.named_parameters(remove_duplicate=False) if parameter.requires_grad}
+    trained_adapters = {_adapter_of(key) for key in keys} - {None}
+    for name, part in module.named_modules(remove_duplicate=False):
+        if any(parameter.requires_grad for parameter in part.parameters(recurse=False)):
+            keys |= {f"{name}.{key}".lstrip(".") for key, _ in part.named_buffers(recurse=False)}
+    state = module.state_dict()
+    together = {key for key in state if f".{NAME}." in f".{key}" or _adapter_of(key) in trained_adapters}
+    return (keys | together) & state.keys()
+
+
+def _adapter_of(key: str) -> str | None:
+    """The adapter's name in the key of a LoRA tensor, as in `q_proj.lora_A.default.weight`."""
+    found = re.search(r"\.lora_[^.]+\.([^.]+)", key)
+    return found.group(1) if found else None
 
 
 def keep_adapter(module: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,6 +71,12 @@ def check_adapter(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
             raise UserError(
                 f"the checkpoint's '{key}' has no place in the model: it was made with other target modules"
             )
+    for key, value in state_dict.items():
+        if key.endswith(f"{NAME}.left") and value.shape[1] > 0 and key not in module.state_dict():
+            raise UserError(
+                "the checkpoint's adapter comes with an offset of the base, which the model does not track: call "
+                "track_offsets(find_pairs(model)) before loading"
+            )
 
 
 def read_checkpoint(path: str | os.PathLike, map_location: Any = "cpu") -> dict[str, Any]:
@@ -66,8 +89,10 @@ def read_checkpoint(path: str | os.PathLike, map_location: Any = "cpu") -> dict[
         raise UserError(f"there is no checkpoint {path}")
     try:
         contents = torch.load(path, map_location=map_location, weights_only=True)
-    except OSError:
-        raise
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # what seeking in a truncated file gives
+            raise
+        raise UserError(f"{path} is truncated or no checkpoint of this program: use another one") from error
     except Exception as error:  # bytes that are no checkpoint make torch raise almost anything
         raise UserError(f"{path} is truncated or no checkpoint of this program: use another one") from error
     if not isinstance(contents, dict):

@@ -3,7 +3,7 @@
 import csv
 import io
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_rlora.adapters import LoraPair, find_pairs, group_by_shape, matrix, offset_factors
+from lightning_rlora.adapters import LoraPair, group_by_shape, matrix, offset_factors, scan
 from lightning_rlora.callbacks.run_folder import cut_back, write_atomically
 from lightning_rlora.errors import UserError
 
@@ -56,6 +56,8 @@ def measure_pairs(pairs: list[LoraPair]) -> dict[str, Spectrum]:
     balance of the factors is assumed. All in float64; pairs of one shape go as one batch.
     """
     measured: dict[str, Spectrum] = {}
+    several = Counter(pair.name for pair in pairs)  # adapters that train on one layer
+    names = {id(pair): f"{pair.name}.{pair.adapter}" if several[pair.name] > 1 else pair.name for pair in pairs}
     for group in group_by_shape(pairs):
         c = group[0].scaling
         b = torch.stack([matrix(pair.b) for pair in group]).double()
@@ -79,8 +81,8 @@ def measure_pairs(pairs: list[LoraPair]) -> dict[str, Spectrum]:
                 right = torch.cat([at[i], offset[1].double().mT], 1)
                 update[i] = _norm(torch.linalg.qr(left, mode="r").R @ torch.linalg.qr(right, mode="r").R.mT)
         for pair, *values in zip(group, s.tolist(), update.tolist(), tangent.tolist(), strict=True):
-            measured[pair.name] = Spectrum(*values)
-    return {pair.name: measured[pair.name] for pair in pairs}
+            measured[names[id(pair)]] = Spectrum(*values)
+    return {name: measured[name] for name in names.values()}
 
 
 def _gradient(factor: Tensor) -> Tensor:
@@ -116,7 +118,7 @@ class SpectrumMonitor(Callback):
         every_n_steps: Optimizer steps from one measurement to the next.
 
     Raises:
-        UserError: If `every_n_steps` is not positive, or the module has no LoRA pair.
+        UserError: If `every_n_steps` is not positive.
     """
 
     def __init__(self, every_n_steps: int = 10) -> None:
@@ -129,7 +131,7 @@ class SpectrumMonitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the adapters."""
-        self._pairs = find_pairs(pl_module)
+        self._pairs = scan(pl_module).pairs
         self._start = trainer.global_step
         self._last = None
 
@@ -151,7 +153,7 @@ class SpectrumMonitor(Callback):
 
     def _record(self, trainer: Trainer, measured: dict[str, Spectrum]) -> None:
         step = trainer.global_step
-        if step == self._last or not trainer.is_global_zero:
+        if step == self._last or not measured or not trainer.is_global_zero:
             return
         metrics = {}
         for name, spectrum in measured.items():

@@ -152,7 +152,10 @@ def _gradient_triplets(
     def multiply(omegas: list[Tensor]) -> list[Tensor]:
         if held_out:
             return probes.multiply(omegas)
-        extra = [torch.randn(len(omega), _HELD_OUT, generator=generator).to(omega) for omega in omegas]
+        extra = [
+            torch.randn(len(omega), _HELD_OUT, generator=generator, device=generator.device).to(omega)
+            for omega in omegas
+        ]
         products = probes.multiply([torch.cat(both, 1) for both in zip(omegas, extra, strict=True)])
         for pair, product in zip(pairs, products, strict=True):
             if not torch.isfinite(product).all():

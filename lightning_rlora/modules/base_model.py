@@ -32,7 +32,7 @@ def load_base(base: str, *, dtype: str, quantization: str | None, trust_remote_c
         if not torch.cuda.is_available():
             options["device_map"] = "cpu"
     try:
-        return AutoModelForCausalLM.from_pretrained(resolve(base), **options)
+        model = AutoModelForCausalLM.from_pretrained(resolve(base), **options)
     except UserError:
         raise
     except (OSError, ValueError, ImportError, RuntimeError) as error:
@@ -41,6 +41,11 @@ def load_base(base: str, *, dtype: str, quantization: str | None, trust_remote_c
         if type(error).__name__ == "SafetensorError":
             raise UserError(_explain(base, error)) from error
         raise
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            # bitsandbytes repacks 4-bit weights at the first evaluation on such processors, and cannot train them after
+            layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+    return model
 
 
 def load_tokenizer(base: str, *, trust_remote_code: bool) -> "PreTrainedTokenizerBase":

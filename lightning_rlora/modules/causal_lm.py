@@ -22,6 +22,7 @@ from lightning_rlora.adapters import (
     adapt,
     adapter_config,
     check_adapter,
+    config_fields,
     keep_adapter,
     load_adapter,
     scan,
@@ -81,7 +82,7 @@ class CausalLM(LightningModule):
     ) -> None:
         super().__init__()
         if isinstance(adapter, PeftConfig):
-            adapter = adapter.to_dict()
+            adapter = config_fields(adapter)
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
         self.strict_loading = False  # checkpoints leave the base out; check_adapter looks after the rest
         self.max_new_tokens = max_new_tokens
@@ -100,8 +101,10 @@ class CausalLM(LightningModule):
                 raise UserError("give either adapter (a new one) or adapter_path (a saved one), not both")
             self.model = load_adapter(model, adapter_path)
         else:
-            fields = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"} | (adapter or {})
-            self.model = adapt(model, adapter_config(fields))
+            config = adapter_config({"task_type": "CAUSAL_LM"} | (adapter or {}))
+            if getattr(config, "target_modules", ...) is None:
+                config.target_modules = "all-linear"  # type: ignore[attr-defined]
+            self.model = adapt(model, config)
         track_offsets(scan(self.model).pairs)
 
         vocabulary = model.config.get_text_config().vocab_size
@@ -120,6 +123,9 @@ class CausalLM(LightningModule):
 
     def forward(self, batch: dict[str, Tensor]) -> Any:
         """The base model's output (logits, loss) for a batch."""
+        if "position_ids" in batch and not self._packing_checked:
+            check_packing(self.model)
+            self._packing_checked = True
         return self.model(**batch, use_cache=False)
 
     def loss(self, batch: dict[str, Tensor], output: Any) -> Tensor:
@@ -128,15 +134,11 @@ class CausalLM(LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The loss of a batch, logged as train/loss."""
-        if "position_ids" in batch and not self._packing_checked:
-            check_packing(self.model)
-            self._packing_checked = True
         loss = self.loss(batch, self(batch))
         if not torch.isfinite(loss):
             raise UserError(
                 f"the training loss is {loss.item()} at step {self.trainer.global_step}: lower the learning rate or "
-                f"its "
-                "warm-up, or look for bad input data. Checkpoints written before are intact"
+                "look for bad input data; checkpoints written before are intact"
             )
         self.log("train/loss", loss, prog_bar=True)
         return loss
@@ -148,12 +150,17 @@ class CausalLM(LightningModule):
             UserError: If the run is resumed with another optimizer; torch would load its state without a word.
         """
         self.model.train()
+        if self.trainer.ckpt_path is None:  # loaded for another run: not one to go on with
+            self._optimizers_resumed = self._rng_to_restore = None
         optimizers = self._optimizer_names()
         if self._optimizers_resumed not in (None, optimizers):
             raise UserError(
                 f"the checkpoint was made with the optimizer {', '.join(self._optimizers_resumed)}, and this run has "
                 f"{', '.join(optimizers)}: resume with the run's own configuration"
             )
+
+    def _scalings(self) -> dict[str, float]:
+        return {pair.name: pair.scaling for pair in scan(self.model).pairs}
 
     def _optimizer_names(self) -> list[str]:
         return [type(optimizer).__name__ for optimizer in self.trainer.optimizers]
@@ -211,7 +218,10 @@ class CausalLM(LightningModule):
         """Tell a schedule over the whole run how long the run is; a resumed one knows."""
         scheduler = self.lr_schedulers()
         if isinstance(scheduler, LinearWithWarmup) and scheduler.total_steps is None:
-            scheduler.set_total_steps(int(self.trainer.estimated_stepping_batches))
+            steps = self.trainer.estimated_stepping_batches
+            if not 1 <= steps < float("inf"):
+                raise UserError("the schedule needs the length of the run, which the data do not tell: set max_steps")
+            scheduler.set_total_steps(int(steps))
 
     def configure_gradient_clipping(
         self,
@@ -234,12 +244,15 @@ class CausalLM(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the frozen base out, and keep the random state for an exact resume."""
         checkpoint["state_dict"] = keep_adapter(self, checkpoint["state_dict"])
+        checkpoint["scalings"] = self._scalings()
         checkpoint["optimizer_names"] = self._optimizer_names()
         checkpoint["rng"] = self._rng_to_restore or _save_rng()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse an adapter that does not fit before anything is loaded."""
         check_adapter(self, checkpoint["state_dict"])
+        if checkpoint.get("scalings", self._scalings()) != self._scalings():
+            raise UserError("the checkpoint's adapter has another scaling: give the lora_alpha it was trained with")
         self._optimizers_resumed = checkpoint.get("optimizer_names")
         self._rng_to_restore = checkpoint.get("rng")
 

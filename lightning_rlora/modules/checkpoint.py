@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+import warnings
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ def load_module(path: str | Path) -> CausalLM:
     if "_class_path" in settings:
         home, _, name = settings["_class_path"].rpartition(".")
         module_class = getattr(import_module(home), name)
-    return module_class.load_from_checkpoint(path, map_location="cpu", weights_only=True).eval()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*Found keys that are in the model state dict")  # the base, as it should be
+        return module_class.load_from_checkpoint(path, map_location="cpu", weights_only=True).eval()
 
 
 def save_pretrained(model: Any, tokenizer: Any, folder: Path) -> None:

@@ -77,7 +77,9 @@ class FixedRankOptimizer(Optimizer):
         self.max_tangent_norm = max_tangent_norm
         self._adamw_lr = adamw_lr
         self._generator = torch.Generator().manual_seed(0)  # of the random factors that replace zero ones
-        super().__init__(params, {"scaling": 1.0, "betas": (0.9, 0.999), "eps": 1e-8} | defaults)
+        super().__init__(
+            params, {"scaling": 1.0, "simulate_adam": False, "betas": (0.9, 0.999), "eps": 1e-8} | defaults
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy needs beyond groups and state, which is all that torch's optimizers copy."""
@@ -118,6 +120,21 @@ class FixedRankOptimizer(Optimizer):
                 with torch.no_grad():
                     start_factors(b, a, scaling, self._generator)
         super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state of an optimizer of this kind for an adapter of the same shapes.
+
+        Raises:
+            UserError: If it is another optimizer's, or another adapter's.
+        """
+        if any("algorithm" not in group for group in state_dict["param_groups"]):
+            raise UserError(f"this is the state of another optimizer than {type(self).__name__}")
+        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=False):
+            for index, parameter in zip(saved["params"], group["params"], strict=False):
+                momentum = state_dict["state"].get(index, {}).get("momentum", parameter)
+                if momentum.shape != parameter.shape:
+                    raise UserError("this is the state of an optimizer for an adapter of another rank or other layers")
+        super().load_state_dict(state_dict)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -162,7 +179,14 @@ class FixedRankOptimizer(Optimizer):
             right = Factors(
                 *(_stack(part).mT for part in zip(*((a, a.grad, self._momentum(a)) for a, _ in pairs), strict=True))
             )
-            yield Batch(group, pairs, left, right, measure(left, right, group["scaling"]))
+            measured = measure(left, right, group["scaling"])
+            if not bool(torch.isfinite(measured.tangent_norm).all()) and self._restarted(pairs, group["scaling"]):
+                continue
+            yield Batch(group, pairs, left, right, measured)
+
+    def _restarted(self, pairs: list[tuple[Tensor, Tensor]], scaling: float) -> bool:
+        """Whether factors were reset to zero from outside; they get their start then, and the pairs skip this step."""
+        return sum(start_factors(b, a, scaling, self._generator) for a, b in pairs) > 0
 
     def _momentum(self, factor: Tensor) -> Tensor:
         return self.state[factor]["momentum"]
@@ -294,9 +318,12 @@ def _turn(sketch: Tensor, anchors: Tensor, moved: float) -> Tensor | None:
 
 
 def _check_options(options: dict[str, Any], optimizer: str) -> None:
-    for name in ("lr", "weight_decay", "momentum", "min_singular_value"):
+    for name in ("lr", "weight_decay", "momentum"):
         if not options[name] >= 0:
             raise UserError(f"{name} = {options[name]} of {optimizer} must not be negative")
+    if not options["min_singular_value"] > 0:
+        value = options["min_singular_value"]
+        raise UserError(f"min_singular_value = {value} of {optimizer} must be positive: points have full rank")
     if options["momentum"] >= 1:
         raise UserError(f"momentum = {options['momentum']} of {optimizer} must be below 1")
 

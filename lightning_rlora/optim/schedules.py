@@ -34,7 +34,9 @@ class LinearWithWarmup(LambdaLR):
 
     def _multiplier(self, step: int) -> float:
         if self.total_steps is None:
-            return 0.0  # until the module has told the number of steps
+            if step > 0:
+                raise UserError(f"{type(self).__name__} was not told the number of steps: give it total_steps")
+            return 0.0  # until the module tells it, before the first step
         rise = self.warmup * self.total_steps
         if step < rise:
             return (step + 1) / (rise + 1)

@@ -211,7 +211,9 @@ def advance(
     point = (1 - lr * weight_decay) * scaling * measured.left.root @ measured.right.root.mT
     moved = Core(u_v=point - lr * step.u_v, u_qb=-lr * step.u_qb, qa_v=-lr * step.qa_v).dense()
     p, sigma, qt = torch.linalg.svd(moved)  # the best rank-r approximation: the retraction
-    p, q = p[:, :, :r], qt.mT[:, :, :r]
+    # signs are free: each column of U keeps its direction, so that averages of factors over steps mean something
+    sign = torch.where(p.diagonal(dim1=-2, dim2=-1)[:, None, :r] < 0, -1.0, 1.0)
+    p, q = p[:, :, :r] * sign, qt.mT[:, :, :r] * sign
     root = (sigma[:, :r].clamp_min(min_singular_value) / scaling).sqrt().unsqueeze(-2)
 
     k = core.dense()

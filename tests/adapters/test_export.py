@@ -255,8 +255,11 @@ def test_several_trainable_adapters_are_refused(tmp_path):
 
 
 def test_models_without_a_pair_or_a_config_are_refused(tmp_path):
-    with pytest.raises(UserError, match="no trainable LoRA pair"):
+    with pytest.raises(UserError, match="it has no peft_config"):
         export_adapter(llama(), tmp_path / "adapter")
+    frozen = trained(llama(), lora("q_proj"), offset=False).requires_grad_(False)
+    with pytest.raises(UserError, match="no trainable LoRA pair"):
+        export_adapter(frozen, tmp_path / "adapter")
     outer = torch.nn.Sequential(trained(llama(), lora("q_proj"), offset=False))
     with pytest.raises(UserError, match="it has no peft_config"):
         export_adapter(outer, tmp_path / "adapter")
@@ -369,3 +372,9 @@ def test_merging_gives_an_ordinary_model(tmp_path, name, offset, copied):
 def test_only_a_peft_model_can_be_merged():
     with pytest.raises(UserError, match="only a PeftModel"):
         merge_adapter(one_layer("Linear").model)
+
+
+def test_merging_into_a_weight_that_two_layers_share_is_refused():
+    model = trained(llama(tie=True), lora("embed_tokens"), offset=False)
+    with pytest.raises(UserError, match="export the adapter instead"):
+        merge_adapter(model)

@@ -1,5 +1,7 @@
 """The gauge: factor gradients are products of the dense gradient; points are read and written without loss."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from torch import nn
 
 from lightning_rlora.adapters import balanced_factors, find_pairs, group_by_shape, matrix, read_points, write_point
 from lightning_rlora.adapters.gauge import START, read_point, start_factors
-from lightning_rlora.geometry import Point
+from lightning_rlora.geometry import Point, random_point
 
 
 def relative(x, y):
@@ -275,3 +277,25 @@ def test_convolution_factors_start_in_place():
         assert start_factors(pair.b, pair.a, pair.scaling, torch.Generator().manual_seed(0))
     assert pair.a.shape == (3, 3, 3, 3)
     assert torch.allclose(read_points([pair]).s[0], torch.full((3,), START, dtype=torch.float64), rtol=1e-5)
+
+
+def test_a_factor_that_is_deficient_to_the_rounding_of_its_dtype_gets_a_start():
+    """Columns that are combinations of others, rounded to float32: their Gram matrix has no Cholesky root."""
+    generator = torch.Generator().manual_seed(0)
+    half = torch.randn(64, 4, generator=generator, dtype=torch.float64)
+    b = torch.cat([half, half @ torch.randn(4, 4, generator=generator, dtype=torch.float64)], 1).float()
+    a = torch.randn(8, 48, generator=generator)
+    before = (b.double() @ a.double()).clone()
+    assert start_factors(b, a, 1.0, generator)
+    point = read_point(b, a, 1.0)
+    assert point.s[-1] > 0.5 * START
+    assert (b.double() @ a.double() - before).norm() < 1e-5 * before.norm()  # measured 6e-7
+    assert not start_factors(b, a, 1.0, generator)  # and is a point from then on
+
+
+@pytest.mark.parametrize("spread", [1e-4, 1e-8, 1e-14])
+def test_points_with_small_singular_values_are_left_alone(spread):
+    point = random_point(64, 48, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    point = point._replace(s=torch.logspace(0, math.log10(spread), 6, dtype=torch.float64))
+    b, a = (factor.float() for factor in balanced_factors(point, 2.0))
+    assert not start_factors(b, a, 2.0, torch.Generator().manual_seed(0))

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from loi_project import AtStart, Project, loader, trained, trainer
 
-from lightning_rlora.adapters import find_pairs
+from lightning_rlora.adapters import check_adapter, find_pairs, get_offset
 from lightning_rlora.callbacks import AdapterOnlyCheckpoint, LocallyOptimalInit
 from lightning_rlora.errors import UserError
 
@@ -47,7 +47,7 @@ def test_heads_are_kept(tmp_path):
     _, path = checkpoint_of(tmp_path, module)
     keys = torch.load(path, weights_only=True)["state_dict"].keys()
     assert {"head.weight", "head.bias"} <= keys
-    assert not any("frozen" in key or "base_layer" in key for key in keys)
+    assert not any("frozen" in key or key.endswith("base_layer.weight") for key in keys)
 
 
 def test_resumes_to_the_bit(tmp_path):
@@ -73,7 +73,7 @@ def test_works_with_model_checkpoint(tmp_path):
     t.fit(Project(), loader())
     small = torch.load(tmp_path / "at-step=4.ckpt", weights_only=True)["state_dict"]
     assert sorted(p.name for p in tmp_path.glob("at-*")) == ["at-step=2.ckpt", "at-step=4.ckpt"]
-    assert not any("base_layer" in key for key in small)
+    assert not any(key.endswith("base_layer.weight") for key in small)
 
 
 class OneLayer(Project):
@@ -127,3 +127,29 @@ def test_unhooks(tmp_path):
     module, _ = checkpoint_of(tmp_path)
     assert not module._load_state_dict_pre_hooks
     module.load_state_dict({}, strict=False)  # an ordinary load is nobody's business again
+
+
+def test_the_offset_comes_back_without_the_callback_that_made_it(tmp_path):
+    whole, path = checkpoint_of(tmp_path, callbacks=[LocallyOptimalInit(alpha=-0.3)])
+    fresh, found = Project(), []
+    look = AtStart(lambda t, m: found.append([get_offset(pair).left.clone() for pair in find_pairs(m)]))
+    trainer(tmp_path, [AdapterOnlyCheckpoint(), look], max_steps=4).fit(fresh, loader(), ckpt_path=path)
+    for left, pair in zip(found[0], find_pairs(whole), strict=True):
+        assert left.shape[1] > 0
+        assert torch.equal(left, get_offset(pair).left)
+
+
+def test_an_offset_without_a_place_is_refused(tmp_path):
+    _, path = checkpoint_of(tmp_path, callbacks=[LocallyOptimalInit(alpha=-0.3)])
+    with pytest.raises(UserError, match="track_offsets"):
+        check_adapter(Project(), torch.load(path, weights_only=True)["state_dict"])
+
+
+def test_statistics_of_a_trained_head_are_kept(tmp_path):
+    module = Project()
+    module.head = torch.nn.BatchNorm1d(3)
+    module.frozen = torch.nn.BatchNorm1d(3).requires_grad_(False)
+    _, path = checkpoint_of(tmp_path, module)
+    keys = torch.load(path, weights_only=True)["state_dict"].keys()
+    assert {"head.weight", "head.running_mean", "head.num_batches_tracked"} <= keys
+    assert not any("frozen" in key for key in keys)

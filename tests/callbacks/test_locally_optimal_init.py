@@ -370,7 +370,7 @@ def test_a_checkpoint_brings_function_and_weights_back(tmp_path, adapter_only, d
     t = trainer(tmp_path, [*callbacks(), look], max_steps=4)
     t.fit(fresh, loader(), ckpt_path=tmp_path / "three.ckpt")
     assert t.global_step == 4
-    assert fresh.strict_loading is not adapter_only
+    assert fresh.strict_loading  # the callback leaves the module as it was
     got_bases, got_weights, got_outputs = states[0]
     assert all(torch.equal(x, y) for x, y in zip(got_bases, shifted, strict=True))
     assert all(torch.equal(got_weights[n], w) for n, w in weights.items())

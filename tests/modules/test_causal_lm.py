@@ -78,11 +78,17 @@ def test_the_adapter_is_float32_and_the_base_frozen(dtype):
         assert not base_weight(pair).requires_grad
 
 
-def test_a_peft_config_and_its_fields_are_the_same_thing():
+def test_a_peft_config_and_its_fields_are_the_same_thing(tmp_path):
     by_config = CausalLM(adapter=LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"]))
     by_fields = CausalLM(adapter={"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]})
     assert [p.name for p in find_pairs(by_config)] == [p.name for p in find_pairs(by_fields)]
     assert len(find_pairs(by_config)) == 12
+    trainer = quiet_trainer(tmp_path)
+    trainer.fit(by_config, DataLoader([make_batch(0)] * 3, batch_size=None))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    again = load_module(tmp_path / "a.ckpt")
+    with torch.no_grad():
+        assert torch.equal(by_config.eval()(make_batch(1)).logits, again(make_batch(1)).logits)
     assert len(find_pairs(CausalLM(adapter=ADAPTER))) == 42  # all-linear: seven projections of six layers
 
 
@@ -91,10 +97,11 @@ def test_quantised_bases_train_on_the_cpu(quantization, tmp_path):
     pytest.importorskip("bitsandbytes")
     module = CausalLM(adapter=ADAPTER, quantization=quantization, optimizer=lambda g: Riemannion(g, lr=0.05))
     batch = make_batch(0)
-    trainer = quiet_trainer(tmp_path, max_steps=6)
+    trainer = quiet_trainer(tmp_path, max_steps=6, num_sanity_val_steps=1)  # evaluated before it is trained
     losses = []
     module.loss = lambda batch, output: losses.append(output.loss.item()) or output.loss
-    trainer.fit(module, DataLoader([batch] * 6, batch_size=None))
+    loader = DataLoader([batch] * 6, batch_size=None)
+    trainer.fit(module, loader, loader)
     assert losses[-1] < losses[0] - 0.5
 
 
@@ -191,6 +198,24 @@ def test_a_checkpoint_holds_no_base_and_comes_back_whole(tmp_path):
     batch = make_batch(7)
     with torch.no_grad():
         assert torch.equal(module.eval()(batch).logits, again(batch).logits)
+
+
+def test_a_module_from_a_checkpoint_can_be_trained_afresh_with_another_optimizer(tmp_path):
+    module = CausalLM(adapter=ADAPTER, optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-3))
+    trainer = quiet_trainer(tmp_path)
+    trainer.fit(module, DataLoader([make_batch(0)] * 3, batch_size=None))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    loaded = CausalLM.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    states = []
+    loaded.on_before_backward = lambda loss: states.append(torch.get_rng_state())
+    loader = DataLoader([make_batch(0)] * 3, batch_size=None, generator=torch.Generator())
+    torch.manual_seed(11)
+    quiet_trainer(tmp_path).fit(loaded, loader)
+    assert torch.equal(states[0], torch.manual_seed(11).get_state())  # the checkpoint's random state is not this run's
+    with pytest.raises(UserError, match="AdamW"):
+        quiet_trainer(tmp_path).fit(
+            CausalLM(adapter=ADAPTER), DataLoader([make_batch(0)] * 3, batch_size=None), ckpt_path=tmp_path / "a.ckpt"
+        )
 
 
 def test_other_architectures(tmp_path):

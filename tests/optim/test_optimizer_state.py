@@ -8,6 +8,7 @@ import torch
 from peft_layers import adapted, hand_over, products, random_gradients
 
 from lightning_rlora.adapters import find_pairs
+from lightning_rlora.errors import UserError
 from lightning_rlora.optim import LinearWithWarmup, RiemannianSGD, Riemannion
 
 OPTIMIZERS = {
@@ -278,3 +279,45 @@ def test_a_copy_of_model_and_optimizer_goes_on_like_the_original():
         o.step()
     for name, value in trained(model).items():
         assert torch.equal(trained(other)[name], value), name
+
+
+def test_factors_keep_their_directions_from_step_to_step():
+    """A mean of factors over steps is near the factors, so that weight averaging works."""
+    model = adapted()
+    optimizer = Riemannion.for_model(model, lr=1e-3)
+    for step in range(30):
+        old = [pair.b.detach().clone() for pair in find_pairs(model)]
+        all_gradients(model, step % 3)
+        optimizer.step()
+        if step > 20:
+            for pair, b in zip(find_pairs(model), old, strict=True):
+                assert (pair.b.flatten(1) * b.flatten(1)).sum(0).min() > 0
+
+
+def test_factors_reset_to_zero_start_again():
+    model = adapted()
+    optimizer = Riemannion.for_model(model, lr=0.05)
+    all_gradients(model, 0)
+    optimizer.step()
+    with torch.no_grad():
+        find_pairs(model)[0].b.zero_()
+    for step in range(1, 4):
+        all_gradients(model, step)
+        optimizer.step()
+    for pair, product in zip(find_pairs(model), products(model), strict=True):
+        assert torch.isfinite(product).all()
+        assert torch.linalg.matrix_rank(product, rtol=1e-6) == pair.shape[2]
+
+
+def test_the_state_of_another_optimizer_or_adapter_is_refused():
+    model = adapted()
+    optimizer = Riemannion.for_model(model, lr=0.05)
+    adamw = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    with pytest.raises(UserError, match="another optimizer"):
+        optimizer.load_state_dict(adamw.state_dict())
+    all_gradients(model, 0)
+    optimizer.step()
+    state = optimizer.state_dict()
+    state["state"][0]["momentum"] = state["state"][0]["momentum"][:1]
+    with pytest.raises(UserError, match="another rank"):
+        optimizer.load_state_dict(state)
