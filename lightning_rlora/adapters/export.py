@@ -3,7 +3,6 @@
 import re
 import shutil
 import tempfile
-from collections import Counter
 from copy import copy
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_rlora.adapters.offset import offset_factors, untrack_offsets
-from lightning_rlora.adapters.pairs import LoraPair, base_weight, find_pairs, matrix, scan
+from lightning_rlora.adapters.pairs import LoraPair, find_pairs, matrix, scan, with_shared_base
 from lightning_rlora.errors import UserError
 
 _ADAPTER_FILES = {"adapter_config.json", SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, "README.md"}
@@ -176,13 +175,11 @@ def merge_adapter(model: PeftModel) -> nn.Module:
     """
     if not isinstance(model, PeftModel):
         raise UserError("only a PeftModel (get_peft_model) can be merged")
-    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    for pair in scan(model).pairs:
-        if uses[id(base_weight(pair))] > 1:
-            raise UserError(
-                f"layer {pair.name} shares its base weight with another layer, which merging would change too: export "
-                "the adapter instead"
-            )
+    for pair in with_shared_base(model, scan(model).pairs):
+        raise UserError(
+            f"layer {pair.name} shares its base weight with another layer, which merging would change too: export the "
+            "adapter instead"
+        )
     try:
         merged = model.merge_and_unload()
     except (RuntimeError, NotImplementedError) as error:

@@ -189,3 +189,9 @@ def is_transposed(pair: LoraPair) -> bool:
 def is_quantised(pair: LoraPair) -> bool:
     """Whether the base weight holds packed integers, to which no offset can be added."""
     return not torch.is_floating_point(base_weight(pair)) or hasattr(base_weight(pair), "quant_state")
+
+
+def with_shared_base(model: nn.Module, pairs: list[LoraPair]) -> list[LoraPair]:
+    """The pairs whose base weight is another layer's too (tied embeddings), so that it must not be changed."""
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    return [pair for pair in pairs if uses[id(base_weight(pair))] > 1]

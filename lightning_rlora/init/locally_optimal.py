@@ -1,6 +1,5 @@
 """Locally optimal initialisation (LOI): the rank-r start whose tangent space holds the most of the gradient."""
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,7 +16,7 @@ from lightning_rlora.adapters import (
     write_point,
 )
 from lightning_rlora.adapters.gauge import START
-from lightning_rlora.adapters.pairs import base_weight, is_quantised, matrix
+from lightning_rlora.adapters.pairs import is_quantised, matrix, with_shared_base
 from lightning_rlora.adapters.probes import Probes, probing
 from lightning_rlora.errors import UserError
 from lightning_rlora.geometry import Point, Svd, randomized_svd
@@ -130,13 +129,11 @@ def _check(model: nn.Module, pairs: list[LoraPair], *, subtract: bool) -> None:
                     "leave LocallyOptimalInit out"
                 )
     if subtract:
-        uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-        for pair in pairs:
-            if uses[id(base_weight(pair))] > 1:
-                raise UserError(
-                    f"layer {pair.name} shares its base weight with another layer, so it cannot be shifted for one of "
-                    "them: leave it out of target_modules, or use offset 'none'"
-                )
+        for pair in with_shared_base(model, pairs):
+            raise UserError(
+                f"layer {pair.name} shares its base weight with another layer, so it cannot be shifted for one of "
+                "them: leave it out of target_modules, or use offset 'none'"
+            )
 
 
 def _gradient_triplets(

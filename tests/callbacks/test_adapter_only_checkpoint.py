@@ -12,14 +12,6 @@ from lightning_rlora.callbacks import AdapterOnlyCheckpoint, LocallyOptimalInit
 from lightning_rlora.errors import UserError
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def checkpoint_of(tmp_path, module=None, callbacks=(), steps=3):
     module = module or Project()
     t = trainer(tmp_path, [AdapterOnlyCheckpoint(), *callbacks], max_steps=steps)

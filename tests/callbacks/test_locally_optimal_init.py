@@ -13,14 +13,6 @@ from lightning_rlora.errors import UserError
 from lightning_rlora.init import locally_optimal_init
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def first_batches(count):
     return [batch for _, batch in zip(range(count), loader(), strict=False)]
 

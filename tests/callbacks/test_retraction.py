@@ -9,15 +9,6 @@ from lightning_rlora.callbacks import Retraction
 from lightning_rlora.optim import RiemannianSGD, Riemannion, parameter_groups
 from lightning_rlora.optim.balance import imbalance
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 FOREIGN = {
     "adamw": lambda m: torch.optim.AdamW(parameter_groups(m), lr=0.02),
     "sgd": lambda m: torch.optim.SGD(parameter_groups(m), lr=0.02),
