@@ -40,20 +40,21 @@ class Probes:
         probed = []
         for pair, (a, b) in zip(self._pairs, factors, strict=True):
             k = len(a) if a is not None else b.shape[1]  # type: ignore[union-attr]
-            # the factor that is probed is the zero one, and the only one that needs a gradient
-            new_a = pair.a.new_zeros(k, *pair.a.shape[1:]) if a is None else a.to(pair.a).reshape(k, *pair.a.shape[1:])
-            new_b = pair.b.new_zeros(len(pair.b), k, *pair.b.shape[2:])
-            if b is not None:
-                new_b.copy_(b.reshape(new_b.shape))
+            # The factor that is probed is the zero one, and the only one that needs a gradient. It is a single zero
+            # in memory, and the other one is the caller's block itself: both stay through the whole pass.
+            shape_a, shape_b = (k, *pair.a.shape[1:]), (len(pair.b), k, *pair.b.shape[2:])
+            new_a = pair.a.new_zeros(()).expand(shape_a) if a is None else a.to(pair.a).reshape(shape_a)
+            new_b = pair.b.new_zeros(()).expand(shape_b) if b is None else b.to(pair.b).reshape(shape_b)
             new = nn.Parameter(new_a, requires_grad=a is None), nn.Parameter(new_b, requires_grad=b is None)
             put_factors(pair, *new)
             probed.append(new[0] if a is None else new[1])
         self._backward()
         self.passes += 1
-        return [
-            torch.zeros_like(probe).flatten(1) if probe.grad is None else probe.grad.flatten(1) / pair.scaling
-            for pair, probe in zip(self._pairs, probed, strict=True)
-        ]
+        products = []
+        for pair, probe in zip(self._pairs, probed, strict=True):
+            gradient, probe.grad = probe.grad, None
+            products.append((torch.zeros_like(probe) if gradient is None else gradient.div_(pair.scaling)).flatten(1))
+        return products
 
 
 def put_factors(pair: LoraPair, a: nn.Parameter, b: nn.Parameter) -> None:

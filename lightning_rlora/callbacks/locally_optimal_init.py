@@ -250,12 +250,14 @@ def _swap_bases(pairs: list[LoraPair], others: list[Tensor]) -> list[Tensor]:
 
 @contextmanager
 def _quiet(module: LightningModule) -> Iterator[None]:
-    """Dropout off and logging silenced; gradient checkpointing, which layers tie to training mode, stays on."""
+    """Dropout off, logging silenced, nothing compiled; gradient checkpointing, tied to training mode, stays on."""
     training = {m: m.training for m in module.modules()}
     with ExitStack() as stack:
         for m, mode in training.items():
             stack.callback(setattr, m, "training", mode)
         module.eval()
+        # probes have ranks of their own: a compiled model would be compiled anew for every pass
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         for m in training:
             if getattr(m, "gradient_checkpointing", False) is True:
                 m.training = True

@@ -10,16 +10,18 @@ from lightning_rlora.adapters import (
     LoraPair,
     find_pairs,
     get_offset,
-    group_by_shape,
-    read_points,
+    matrix,
     track_offsets,
     write_point,
 )
 from lightning_rlora.adapters.gauge import START
-from lightning_rlora.adapters.pairs import is_quantised, matrix, with_shared_base
+from lightning_rlora.adapters.pairs import is_quantised, with_shared_base
 from lightning_rlora.adapters.probes import Probes, probing
 from lightning_rlora.errors import UserError
 from lightning_rlora.geometry import Point, Svd, randomized_svd
+from lightning_rlora.geometry.gram import gram
+from lightning_rlora.geometry.randomized_svd import generator_on
+from lightning_rlora.geometry.stacks import stacked_by_shape
 
 _HELD_OUT = 8
 """Columns of the first product that estimate how much of the gradient was not found."""
@@ -84,26 +86,44 @@ def locally_optimal_init(
     _check(model, pairs, subtract=subtract)
     track_offsets(pairs)
     with probing(model, pairs, backward) as probes:
-        found = _gradient_triplets(pairs, probes, oversampling, power_steps, generator)
+        triplets, energies = _gradient_triplets(pairs, probes, oversampling, power_steps, generator)
+    sizes = [-0.01 / pair.shape[2] ** 0.5 if alpha is None else alpha for pair in pairs]
+    for pair, svd, size in zip(pairs, triplets, sizes, strict=True):
+        _start(pair, svd, size, subtract=subtract)
+    return _describe(pairs, triplets, energies, sizes)
+
+
+def _start(pair: LoraPair, svd: Svd, alpha: float, *, subtract: bool) -> None:
+    """Put a pair at X0, and its base at W - X0."""
+    u, s, v = svd
+    r = pair.shape[2]
+    write_point(pair, Point(u[:, :r] if alpha > 0 else -u[:, :r], s.new_full((r,), abs(alpha)), v[:, r : 2 * r]))
+    if subtract:
+        offset = get_offset(pair)
+        assert offset is not None
+        # from the factors as they were stored, so that X - X0 is zero to the last bit
+        offset.subtract(pair.scaling * matrix(pair.b), matrix(pair.a))
+
+
+def _describe(
+    pairs: list[LoraPair], triplets: list[Svd], energies: list[Tensor], sizes: list[float]
+) -> list[LayerStart]:
+    """What was found, with one copy from the device for all layers: every other one would wait for it anew."""
+    widths = [len(svd.s) for svd in triplets]
+    *spectra, found = (
+        torch.cat([*(svd.s.double() for svd in triplets), torch.stack(energies)]).cpu().split([*widths, len(energies)])
+    )
     starts = []
-    for pair, ((u, s, v), energy) in zip(pairs, found, strict=True):
-        r = pair.shape[2]
-        size = -0.01 / r**0.5 if alpha is None else alpha
-        point = Point(u[:, :r] if size > 0 else -u[:, :r], s.new_full((r,), abs(size)), v[:, r : 2 * r])
-        write_point(pair, point)
-        if subtract:
-            offset = get_offset(pair)
-            assert offset is not None
-            # from the factors as they were stored, so that X - X0 is zero to the last bit
-            offset.subtract(pair.scaling * matrix(pair.b), matrix(pair.a))
-        beyond = float(s[2 * r]) if len(s) > 2 * r else 0.0
+    for pair, spectrum, energy, alpha in zip(pairs, spectra, found.tolist(), sizes, strict=True):
+        top, s = 2 * pair.shape[2], spectrum.tolist()
+        beyond = s[top] if len(s) > top else 0.0
         starts.append(
             LayerStart(
                 name=pair.name,
-                captured=float(s[: 2 * r].square().sum()) / energy if energy > 0 else 1.0,
-                gap=float(s[2 * r - 1]) / beyond if beyond > 0 else float("inf"),
+                captured=sum(x * x for x in s[:top]) / energy if energy > 0 else 1.0,
+                gap=s[top - 1] / beyond if beyond > 0 else float("inf"),
                 gradient_norm=energy**0.5,
-                alpha=size,
+                alpha=alpha,
             )
         )
     return starts
@@ -120,14 +140,13 @@ def _check(model: nn.Module, pairs: list[LoraPair], *, subtract: bool) -> None:
             )
         if subtract and is_quantised(pair):
             raise UserError(f"the base of layer {pair.name} is quantised and cannot be shifted: use offset 'none'")
-    for batch in group_by_shape(pairs):
-        for pair, size in zip(batch, read_points(batch).s[:, 0].tolist(), strict=True):
-            if size > 10 * START:
-                raise UserError(
-                    f"the adapter of layer {pair.name} holds an update already (trained before, or by its "
-                    "init_lora_weights), which locally optimal initialisation would throw away: start a new one, or "
-                    "leave LocallyOptimalInit out"
-                )
+    for pair, size in zip(pairs, _sizes(pairs), strict=True):
+        if size > 10 * START:
+            raise UserError(
+                f"the adapter of layer {pair.name} holds an update already (trained before, or by its "
+                "init_lora_weights), which locally optimal initialisation would throw away: start a new one, or "
+                "leave LocallyOptimalInit out"
+            )
     if subtract:
         for pair in with_shared_base(model, pairs):
             raise UserError(
@@ -136,28 +155,44 @@ def _check(model: nn.Module, pairs: list[LoraPair], *, subtract: bool) -> None:
             )
 
 
+@torch.no_grad()
+def _sizes(pairs: list[LoraPair]) -> list[float]:
+    """The root mean square of each product's r singular values, by |B A|^2 = tr(B^T B A A^T)."""
+
+    def squares(b: Tensor, a: Tensor) -> tuple[Tensor]:
+        return ((gram(b) * gram(a.mT)).sum((-2, -1)),)
+
+    found = stacked_by_shape(squares, [matrix(pair.b) for pair in pairs], [matrix(pair.a) for pair in pairs])
+    totals = torch.stack([square.to(found[0][0].device) for (square,) in found]).tolist()
+    return [pair.scaling * (max(x, 0.0) / pair.shape[2]) ** 0.5 for pair, x in zip(pairs, totals, strict=True)]
+
+
 def _gradient_triplets(
     pairs: list[LoraPair], probes: Probes, oversampling: int, power_steps: int, generator: torch.Generator
-) -> list[tuple[Svd, float]]:
+) -> tuple[list[Svd], list[Tensor]]:
     """The top singular triplets of every pair's gradient, and an estimate of |G|^2.
 
     The estimate adds to the energy found the energy outside the range found, seen by a few columns of the first product
     that took no part in finding the range.
     """
+    device = pairs[0].b.device
+    generator = generator_on(device, generator)
     held_out: list[Tensor] = []
 
     def multiply(omegas: list[Tensor]) -> list[Tensor]:
         if held_out:
             return probes.multiply(omegas)
-        extra = [
-            torch.randn(len(omega), _HELD_OUT, generator=generator, device=generator.device).to(omega)
-            for omega in omegas
-        ]
-        products = probes.multiply([torch.cat(both, 1) for both in zip(omegas, extra, strict=True)])
-        for pair, product in zip(pairs, products, strict=True):
-            if not torch.isfinite(product).all():
+        wider = []
+        for omega in omegas:
+            extra = torch.randn(len(omega), _HELD_OUT, generator=generator, dtype=omega.dtype, device=device)
+            wider.append(torch.cat([omega, extra], 1))
+        products = probes.multiply(wider)
+        finite = torch.stack([product.abs().amax().to(device) for product in products]).isfinite().tolist()
+        for pair, is_finite in zip(pairs, finite, strict=True):
+            if not is_finite:
                 raise UserError(f"the loss gradient at layer {pair.name} is not finite: look for bad input data")
-        held_out.extend(product[:, -_HELD_OUT:] for product in products)
+        # copies: a view would keep the whole product
+        held_out.extend(product[:, -_HELD_OUT:].to(device, copy=True) for product in products)
         return [product[:, :-_HELD_OUT] for product in products]
 
     triplets = randomized_svd(
@@ -168,11 +203,13 @@ def _gradient_triplets(
         oversampling=oversampling,
         power_steps=power_steps,
         generator=generator,
-        device=pairs[0].b.device,
+        device=device,
     )
-    energies = []
-    for svd, product in zip(triplets, held_out, strict=True):
-        product = product.to(svd.u)
-        outside = product - svd.u @ (svd.u.mT @ product)
-        energies.append(float(svd.s.square().sum() + outside.square().sum() / _HELD_OUT))
-    return list(zip(triplets, energies, strict=True))
+
+    def energy(u: Tensor, s: Tensor, product: Tensor) -> tuple[Tensor]:
+        u, product = u.double(), product.double()
+        outside = product - u @ (u.mT @ product)
+        return (s.double().square().sum(-1) + outside.square().sum((-2, -1)) / _HELD_OUT,)
+
+    us, spectra, _ = zip(*triplets, strict=True)
+    return triplets, [total for (total,) in stacked_by_shape(energy, us, spectra, held_out)]

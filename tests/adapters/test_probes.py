@@ -4,6 +4,7 @@ import pytest
 import torch
 from adapted_models import KINDS, llama, one_layer, randomise
 from peft import LoraConfig, get_peft_model
+from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_rlora.adapters import find_pairs
 from lightning_rlora.adapters.probes import probing
@@ -178,3 +179,46 @@ def test_heads_and_other_parameters_get_no_gradient_meanwhile():
     products(model, pairs, backward, [3, 3])
     check_same(model, before)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_pass_multiplies_no_more_than_a_training_pass_of_the_same_width():
+    """But less: the gradient of one factor is not taken, and so none of m x n."""
+    model = get_peft_model(llama(), LoraConfig(r=5, target_modules="all-linear"))
+    pairs = find_pairs(model)
+    ids = torch.arange(12).reshape(2, 6)
+    counts = []
+
+    def backward():
+        with FlopCounterMode(display=False) as counter:
+            model(ids).logits.square().sum().backward()
+        counts.append(counter.get_total_flops())
+
+    backward()
+    model.zero_grad()
+    products(model, pairs, backward, [5] * len(pairs))
+    training, right, left = counts
+    assert right <= training - sum(2 * ids.numel() * 5 * pair.shape[1] for pair in pairs)
+    assert left <= training - sum(2 * ids.numel() * 5 * pair.shape[0] for pair in pairs)
+
+
+def test_the_factors_of_a_pass_take_no_memory_of_their_own():
+    model = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+    pairs = find_pairs(model)
+    blocks = [torch.randn(16, 4) for _ in pairs]
+    inside = []
+
+    def backward():
+        for pair in pairs:
+            a, b = (pair.layer.__getattr__(f"lora_{x}")["default"].weight for x in "AB")
+            inside.append((a.untyped_storage(), b.untyped_storage(), a.requires_grad, b.requires_grad))
+        model(torch.arange(12).reshape(2, 6)).logits.sum().backward()
+
+    with probing(model, pairs, backward) as probes:
+        found = probes.multiply(blocks), probes.multiply_transposed(blocks)
+        held = [p.grad for pair in pairs for p in pair.layer.parameters()]
+    for block, (a, b, a_trains, b_trains) in zip(blocks, inside[:2], strict=True):
+        assert (a.data_ptr(), b.nbytes(), a_trains, b_trains) == (block.data_ptr(), 4, False, True)
+    for block, (a, b, a_trains, b_trains) in zip(blocks, inside[2:], strict=True):
+        assert (a.nbytes(), b.data_ptr(), a_trains, b_trains) == (4, block.data_ptr(), True, False)
+    assert all(gradient is None for gradient in held)  # the products are the caller's alone
+    assert all(product.norm() > 0 for side in found for product in side)
