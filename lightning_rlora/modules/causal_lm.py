@@ -30,6 +30,8 @@ from lightning_rlora.adapters import (
 )
 from lightning_rlora.errors import UserError
 from lightning_rlora.modules.base_model import load_base, load_tokenizer
+from lightning_rlora.modules.compilation import compile_in_place, explained_compile_errors
+from lightning_rlora.modules.finite_loss import FiniteLoss
 from lightning_rlora.modules.packing import check_packing
 from lightning_rlora.optim import FixedRankOptimizer, LinearWithWarmup, Riemannion, parameter_groups
 
@@ -60,6 +62,8 @@ class CausalLM(LightningModule):
         dtype: Of the base's weights; the adapter's are float32 in any case.
         quantization: Load the base in 4 bits (NF4) or 8 bits with bitsandbytes.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
+        compile: Run the model through torch.compile: the same losses and faster steps, after a pause at the first
+            training batch and at the first evaluated one. Generation and locally optimal initialisation run uncompiled.
         max_new_tokens: Length of generated answers (`predict`).
         trust_remote_code: Run code that the base's repository brings along.
 
@@ -77,6 +81,7 @@ class CausalLM(LightningModule):
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         quantization: Literal["4bit", "8bit"] | None = None,
         gradient_checkpointing: bool = False,
+        compile: bool = False,
         max_new_tokens: int = 64,
         trust_remote_code: bool = False,
     ) -> None:
@@ -91,11 +96,10 @@ class CausalLM(LightningModule):
         self._rng_to_restore: dict[str, Any] | None = None
         self._optimizers_resumed: list[str] | None = None
         self._packing_checked = False
+        self._finite_loss = FiniteLoss()
 
         self.tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
         model = load_base(base, dtype=dtype, quantization=quantization, trust_remote_code=trust_remote_code)
-        if gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if adapter_path is not None:
             if adapter is not None:
                 raise UserError("give either adapter (a new one) or adapter_path (a saved one), not both")
@@ -105,7 +109,13 @@ class CausalLM(LightningModule):
             if getattr(config, "target_modules", ...) is None:
                 config.target_modules = "all-linear"  # type: ignore[attr-defined]
             self.model = adapt(model, config)
+        if gradient_checkpointing:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            # the embeddings' outputs need no gradients then, and a hook that asks for them breaks a compiled graph
+            self.model.disable_input_require_grads()
         track_offsets(scan(self.model).pairs)
+        if compile:
+            compile_in_place(self.model)
 
         vocabulary = model.config.get_text_config().vocab_size
         self._metrics = torch.nn.ModuleDict(
@@ -126,20 +136,17 @@ class CausalLM(LightningModule):
         if "position_ids" in batch and not self._packing_checked:
             check_packing(self.model)
             self._packing_checked = True
-        return self.model(**batch, use_cache=False)
+        with explained_compile_errors():
+            return self.model(**batch, use_cache=False)
 
     def loss(self, batch: dict[str, Tensor], output: Any) -> Tensor:
         """The loss to train on, a scalar: by default the mean cross-entropy of the labelled tokens in nats."""
         return output.loss
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """The loss of a batch, logged as train/loss."""
+        """The loss of a batch, logged as train/loss; one that is not finite ends the run (see `FiniteLoss`)."""
         loss = self.loss(batch, self(batch))
-        if not torch.isfinite(loss):
-            raise UserError(
-                f"the training loss is {loss.item()} at step {self.trainer.global_step}: lower the learning rate or "
-                "look for bad input data; checkpoints written before are intact"
-            )
+        self._finite_loss.note(loss, self.trainer.global_step)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
@@ -150,6 +157,7 @@ class CausalLM(LightningModule):
             UserError: If the run is resumed with another optimizer; torch would load its state without a word.
         """
         self.model.train()
+        self._finite_loss = FiniteLoss()
         if self.trainer.ckpt_path is None:  # loaded for another run: not one to go on with
             self._optimizers_resumed = self._rng_to_restore = None
         optimizers = self._optimizer_names()
@@ -241,8 +249,17 @@ class CausalLM(LightningModule):
                 )
             inner.max_tangent_norm = float(gradient_clip_val) or None
 
+    def on_train_end(self) -> None:
+        """Look at the last training loss."""
+        self._finite_loss.check()
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the frozen base out, and keep the random state for an exact resume."""
+        """Leave the frozen base out, and keep the random state for an exact resume.
+
+        Raises:
+            UserError: If the last training loss turns out not to be finite: such a state must not be saved.
+        """
+        self._finite_loss.check()
         checkpoint["state_dict"] = keep_adapter(self, checkpoint["state_dict"])
         checkpoint["scalings"] = self._scalings()
         checkpoint["optimizer_names"] = self._optimizer_names()

@@ -8,6 +8,7 @@ from lightning_rlora.errors import UserError
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # these shapes come once
 def check_packing(model: Any) -> None:
     """Refuse a model in which a token sees the documents packed before its own.
 
