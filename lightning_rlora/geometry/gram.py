@@ -21,10 +21,8 @@ def cholesky_root(n: Tensor) -> tuple[Tensor, Tensor]:
     N is scaled to unit diagonal first, so columns whose norms spread over many orders of magnitude lose nothing.
     """
     scale = n.diagonal(dim1=-2, dim2=-1).rsqrt()
-    eye = torch.eye(n.shape[-1], dtype=n.dtype, device=n.device)
     upper = torch.linalg.cholesky_ex(n * scale.unsqueeze(-1) * scale.unsqueeze(-2))[0].mT
-    inverse = torch.linalg.solve_triangular(upper, eye.expand_as(upper), upper=True)
-    return upper / scale.unsqueeze(-2), scale.unsqueeze(-1) * inverse
+    return upper / scale.unsqueeze(-2), scale.unsqueeze(-1) * _triangular_inverse(upper)
 
 
 def range_root(n: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,6 +31,10 @@ def range_root(n: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
     Eigenvalues at or below floor (...) count as zero: their columns of T and rows of R vanish, so W T has orthonormal
     columns for the directions that exist and zero columns for those that do not.
     """
+    upper, failed = torch.linalg.cholesky_ex(n)
+    upper = upper.mT
+    if not bool(failed.any()) and bool((upper.diagonal(dim1=-2, dim2=-1).square() > floor.unsqueeze(-1)).all()):
+        return upper, _triangular_inverse(upper)  # the usual case, many times as quick
     values, vectors = torch.linalg.eigh(n)
     kept = values > floor.unsqueeze(-1)
     root = torch.where(kept, values, 0).sqrt()
@@ -65,8 +67,12 @@ def triangle(w: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sign = full.diagonal(dim1=-2, dim2=-1)[..., :r].sign().unsqueeze(-1)
     top, below = full[..., :r, :] * sign, full[..., r:, r:]
     root = top[..., :r]
-    eye = torch.eye(r, dtype=w.dtype, device=w.device).expand_as(root)
-    return root, torch.linalg.solve_triangular(root, eye, upper=True), top[..., r:], below
+    return root, _triangular_inverse(root), top[..., r:], below
+
+
+def _triangular_inverse(upper: Tensor) -> Tensor:
+    eye = torch.eye(upper.shape[-1], dtype=upper.dtype, device=upper.device)
+    return torch.linalg.solve_triangular(upper, eye.expand_as(upper), upper=True)
 
 
 def polar_factor(k: Tensor, tolerance: float) -> Tensor:
@@ -74,3 +80,11 @@ def polar_factor(k: Tensor, tolerance: float) -> Tensor:
     u, s, vt = torch.linalg.svd(k, full_matrices=False)
     kept = (s > tolerance * s[..., :1]).to(k.dtype)
     return (u * kept.unsqueeze(-2)) @ vt
+
+
+def polar_factor_by_eigh(k: Tensor, tolerance: float) -> Tensor:
+    """`polar_factor` from the eigenvalues of k^T k, in half the time, for tolerances well above 1e-8."""
+    values, vectors = torch.linalg.eigh(k.mT @ k)
+    kept = values > tolerance**2 * values[..., -1:]
+    inverse = torch.where(kept, values, 1).rsqrt() * kept
+    return k @ (vectors * inverse.unsqueeze(-2)) @ vectors.mT

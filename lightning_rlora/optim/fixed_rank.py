@@ -1,12 +1,12 @@
-"""The optimizer object behind Riemannion and RiemannianSGD: groups, state and the batches of the two-pass step."""
+"""The optimizer object behind Riemannion and RiemannianSGD: groups, state, and which step to take."""
 
 from __future__ import annotations
 
+import importlib.util
 import math
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,31 +16,16 @@ from lightning_rlora.adapters.gauge import start_factors
 from lightning_rlora.errors import UserError
 from lightning_rlora.geometry import RANK_TOLERANCE
 from lightning_rlora.optim.adamw import adamw_step
+from lightning_rlora.optim.anchors import sketch_rows
+from lightning_rlora.optim.batched import Batch, PairInGroup, batches
 from lightning_rlora.optim.groups import parameter_groups
-from lightning_rlora.optim.two_pass import (
-    Direction,
-    Factors,
-    Measured,
-    advance,
-    measure,
-    orthogonal_direction,
-    scaled_direction,
-)
+
+if TYPE_CHECKING:
+    from lightning_rlora.optim.graphed import GraphedStep
+
+_NOT_FINITE = "the gradient is not finite: lower the learning rate, clip it, or look for bad input data"
 
 ALGORITHMS = ("riemannion", "sgd", "adamw")
-
-_MOVED = {torch.float32: 1e-4, torch.float64: 1e-9}
-"""Relative change of the anchors that means a change from outside; rounding moves them by 1e-6 and 1e-15."""
-
-
-class Batch(NamedTuple):
-    """Pairs of one group and shape, stacked, after the first pass."""
-
-    group: dict[str, Any]
-    pairs: list[tuple[Tensor, Tensor]]
-    left: Factors
-    right: Factors
-    measured: Measured
 
 
 class FixedRankOptimizer(Optimizer):
@@ -63,6 +48,8 @@ class FixedRankOptimizer(Optimizer):
     Raises:
         UserError: If a group's parameters are not pairs of factors, or are not float32 or float64.
     """
+
+    _graphed: GraphedStep | None = None  # the fast step on a GPU; a copy makes its own
 
     def __init__(
         self,
@@ -101,6 +88,7 @@ class FixedRankOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; zero factors in it get a tiny start on the manifold, which keeps the function to rounding."""
+        self._graphed = None
         algorithm = param_group.get("algorithm", self.defaults["algorithm"])
         if algorithm not in ALGORITHMS:
             raise UserError(f"unknown algorithm {algorithm!r} of a parameter group: use one of {', '.join(ALGORITHMS)}")
@@ -135,6 +123,7 @@ class FixedRankOptimizer(Optimizer):
                 if momentum.shape != parameter.shape:
                     raise UserError("this is the state of an optimizer for an adapter of another rank or other layers")
         super().load_state_dict(state_dict)
+        self._graphed = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -154,167 +143,113 @@ class FixedRankOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with _full_precision():
-            batches = [batch for group in self.param_groups for batch in self._measured(group)]
-            scale = self._gradient_scale(batches)
-            for batch in batches:
-                self._advance(batch, scale)
-        for group in self.param_groups:
-            if group["algorithm"] == "adamw":
-                adamw_step(group, self.state, scale)
+            if not self._step_graphed():
+                self._step_batched()
         return loss
 
-    def _measured(self, group: dict[str, Any]) -> Iterator[Batch]:
-        """The pairs of a group that have gradients, batched by shape, after the first pass."""
-        if group["algorithm"] == "adamw":
-            return
-        buckets: dict[Hashable, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-        for a, b in _pairs(group["params"]):
-            if a.grad is not None and b.grad is not None:
-                self._init_state(group, a, b)
-                buckets[(len(b), a[0].numel(), len(a), a.dtype, a.device)].append((a, b))
-        for pairs in buckets.values():
-            left = Factors(
-                *(_stack(part) for part in zip(*((b, b.grad, self._momentum(b)) for _, b in pairs), strict=True))
-            )
-            right = Factors(
-                *(_stack(part).mT for part in zip(*((a, a.grad, self._momentum(a)) for a, _ in pairs), strict=True))
-            )
-            measured = measure(left, right, group["scaling"])
-            if not bool(torch.isfinite(measured.tangent_norm).all()) and self._restarted(pairs, group["scaling"]):
-                continue
-            yield Batch(group, pairs, left, right, measured)
+    def _step_batched(self) -> None:
+        """The step in plain torch."""
+        self._graphed = None
+        pairs = self._pairs_with_gradients()
+        together = batches(pairs, self.state)
+        restarted = {id(pair.a) for batch in together for pair in batch.lost() if self._restarted(pair)}
+        if restarted:
+            together = batches([pair for pair in pairs if id(pair.a) not in restarted], self.state)
+        scale = self._gradient_scale(together)
+        if not all(batch.accelerate(scale) for batch in together):
+            raise UserError(_NOT_FINITE)
+        for batch in together:
+            batch.write()
+        for group in self._adamw_groups():
+            adamw_step(group, self.state, scale)
 
-    def _restarted(self, pairs: list[tuple[Tensor, Tensor]], scaling: float) -> bool:
-        """Whether factors were reset to zero from outside; they get their start then, and the pairs skip this step."""
-        return sum(start_factors(b, a, scaling, self._generator) for a, b in pairs) > 0
+    def _step_graphed(self) -> bool:
+        """The step on a GPU without waiting for it; false, with nothing done, where that cannot be."""
+        if self._graphed is None:
+            self._graphed = self._new_graphed()
+        graphed = self._graphed
+        if graphed is None:
+            return False
+        nonfinite, changed = graphed.found
+        if nonfinite:
+            self._graphed = None
+            raise UserError(f"{_NOT_FINITE} (at an earlier step, which changed nothing)")
+        if changed or not graphed.unchanged():
+            return False
+        gradients = [p.grad for group in self._adamw_groups() for p in group["params"] if p.grad is not None]
+        if gradients:
+            norms = torch.stack([norm.double() for norm in torch._foreach_norm(gradients)])
+            graphed.other_square.copy_(norms.square().sum())
+        if not graphed.step():
+            return False
+        scale = 1.0 if self.max_tangent_norm is None else graphed.gradient_scale
+        for group in self._adamw_groups():
+            adamw_step(group, self.state, scale, graphed.found_nonfinite)
+        return True
 
-    def _momentum(self, factor: Tensor) -> Tensor:
-        return self.state[factor]["momentum"]
+    def _new_graphed(self) -> GraphedStep | None:
+        """The fast step, if all pairs are on one GPU, in float32, and on the manifold as steps leave them."""
+        pairs = [
+            (a, b, number)
+            for number, group in enumerate(self.param_groups)
+            if group["algorithm"] != "adamw"
+            for a, b in _pairs(group["params"])
+        ]
+        if not can_be_graphed([factor for a, b, _ in pairs for factor in (a, b)]):
+            return None
+        from lightning_rlora.optim.graphed import GraphedStep, PairOfGroup
+
+        for a, b, number in pairs:
+            self._init_state(self.param_groups[number], a, b)
+        graphed = GraphedStep(
+            [PairOfGroup(*pair) for pair in pairs], self.param_groups, self.state, self.max_tangent_norm
+        )
+        return graphed if graphed.ready() else None
+
+    def _adamw_groups(self) -> list[dict[str, Any]]:
+        return [group for group in self.param_groups if group["algorithm"] == "adamw"]
+
+    def _pairs_with_gradients(self) -> list[PairInGroup]:
+        found = []
+        for group in self.param_groups:
+            if group["algorithm"] != "adamw":
+                for a, b in _pairs(group["params"]):
+                    if a.grad is not None and b.grad is not None:
+                        self._init_state(group, a, b)
+                        found.append(PairInGroup(a, b, group))
+        return found
+
+    def _restarted(self, pair: PairInGroup) -> bool:
+        """Whether a factor was reset to zero from outside; the pair gets its start then, and skips this step."""
+        return start_factors(pair.b, pair.a, pair.group["scaling"], self._generator)
 
     def _init_state(self, group: dict[str, Any], a: Tensor, b: Tensor) -> None:
-        for factor, rows in ((a, a[0].numel()), (b, len(b))):
+        for factor in (a, b):
             state = self.state[factor]
             if not state:
                 state["momentum"] = torch.zeros_like(factor)
-                state["anchor"] = factor.new_zeros(min(rows, 2 * len(a)), len(a))
+                state["anchor"] = factor.new_zeros(sketch_rows(len(a)), len(a))
                 if group["algorithm"] == "sgd" and group["simulate_adam"]:
                     state["norm"] = factor.new_zeros(())
                     state["step"] = torch.zeros(())
 
-    def _gradient_scale(self, batches: list[Batch]) -> float:
+    def _gradient_scale(self, together: list[Batch]) -> float:
         """The factor that clips the gradient of all groups together."""
-        squares = [batch.measured.tangent_norm.square().sum() for batch in batches]
-        for group in self.param_groups:
-            if group["algorithm"] == "adamw":
-                squares += [p.grad.double().square().sum() for p in group["params"] if p.grad is not None]
+        squares = []
+        for group in self._adamw_groups():
+            squares += [p.grad.double().square().sum() for p in group["params"] if p.grad is not None]
+        if self.max_tangent_norm is not None:
+            squares += [batch.gradient_square() for batch in together]
         norm = math.sqrt(sum(square.item() for square in squares))
         if not math.isfinite(norm):
-            raise UserError("the gradient is not finite: lower the learning rate, clip it, or look for bad input data")
+            raise UserError(_NOT_FINITE)
         if self.max_tangent_norm is None or norm <= self.max_tangent_norm:
             return 1.0
         return self.max_tangent_norm / norm
 
-    def _advance(self, batch: Batch, scale: float) -> None:
-        """The second pass of a batch, and its new factors and state written back."""
-        group, measured = batch.group, batch.measured
-        turn_left, turn_right = self._turns(batch)
-        new_left, new_right, new_velocity_left, new_velocity_right, root = advance(
-            batch.left,
-            batch.right,
-            measured,
-            scaling=group["scaling"],
-            direction=self._direction(batch, scale),
-            lr=float(group["lr"]),
-            momentum=group["momentum"],
-            gradient_weight=scale * (1.0 if group["algorithm"] == "riemannion" else 1.0 - group["momentum"]),
-            weight_decay=group["weight_decay"],
-            turn_left=turn_left,
-            turn_right=turn_right,
-            min_singular_value=group["min_singular_value"],
-        )
-        anchors = [_sketch(new) / root.to(new.dtype) for new in (new_left, new_right)]
-        for i, (a, b) in enumerate(batch.pairs):
-            b.copy_(new_left[i].reshape(b.shape))
-            a.copy_(new_right[i].mT.reshape(a.shape))
-            self.state[b]["momentum"].copy_(new_velocity_left[i].reshape(b.shape))
-            self.state[a]["momentum"].copy_(new_velocity_right[i].mT.reshape(a.shape))
-            self.state[b]["anchor"].copy_(anchors[0][i])
-            self.state[a]["anchor"].copy_(anchors[1][i])
-
-    def _turns(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
-        """How the bases turned since the last step, if the factors were changed from outside (else None)."""
-        turns = []
-        for tall, inverse, which in (
-            (batch.left.factor, batch.measured.left.inverse, 1),
-            (batch.right.factor, batch.measured.right.inverse, 0),
-        ):
-            sketch = _sketch(tall).double() @ inverse
-            anchors = torch.stack([self.state[pair[which]]["anchor"] for pair in batch.pairs]).double()
-            turns.append(_turn(sketch, anchors, _MOVED[tall.dtype]))
-        if turns[0] is None and turns[1] is None:
-            return None, None
-        eye = torch.eye(batch.left.factor.shape[-1], dtype=torch.float64, device=batch.left.factor.device)
-        left, right = (eye.expand(len(batch.pairs), -1, -1) if turn is None else turn for turn in turns)
-        # where one basis is lost, so is the point that the momentum belonged to
-        known = (left.abs().amax((1, 2)) > 0) & (right.abs().amax((1, 2)) > 0)
-        return left * known[:, None, None], right * known[:, None, None]
-
-    def _direction(self, batch: Batch, scale: float) -> Direction:
-        """What the batch's algorithm makes of the momentum."""
-        group = batch.group
-        if group["algorithm"] == "riemannion":
-            return orthogonal_direction(RANK_TOLERANCE[batch.left.factor.dtype])
-        if not group["simulate_adam"]:
-            return lambda core: core
-        beta = group["betas"][1]
-        averages = []
-        for which, norms in ((0, batch.measured.norm_b), (1, batch.measured.norm_a)):
-            states = [self.state[pair[which]] for pair in batch.pairs]
-            for state, norm in zip(states, norms * scale, strict=True):
-                state["norm"].lerp_(norm.to(state["norm"].dtype), 1 - beta)
-                state["step"] += 1
-            # averages that start at zero are too small by 1 - beta^steps
-            averages.append(torch.stack([s["norm"].double() / (1 - beta ** s["step"].item()) for s in states]))
-        return scaled_direction(norm_a=averages[1], norm_b=averages[0], eps=group["eps"])
-
 
 def _pairs(params: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     return zip(params[::2], params[1::2], strict=True)
-
-
-def _stack(factors: Iterable[Tensor]) -> Tensor:
-    return torch.stack([factor.flatten(1) for factor in factors])
-
-
-def _sketch(tall: Tensor) -> Tensor:
-    """At most 2r sums of every 2r-th row of tall matrices (L, rows, r).
-
-    Single rows would not do: an embedding's start from gradients is zero in the rows of all tokens not seen.
-    """
-    rows, r = tall.shape[1:]
-    k = min(rows, 2 * r)
-    whole = rows // k * k
-    sums = tall[:, :whole].unflatten(1, (-1, k)).sum(1)
-    sums[:, : rows - whole] += tall[:, whole:]
-    return sums
-
-
-def _turn(sketch: Tensor, anchors: Tensor, moved: float) -> Tensor | None:
-    """The old bases in the new ones, U^T U_old, (L, r, r), from a sketch of both; None if no basis moved.
-
-    Identity where a basis did not move, zero where it does not span the old space any more.
-    """
-    change = (sketch - anchors).flatten(1).norm(dim=1)
-    size = anchors.flatten(1).norm(dim=1)
-    still = change <= moved * size
-    if bool(still.all()):
-        return None
-    eye = torch.eye(sketch.shape[-1], dtype=sketch.dtype, device=sketch.device)
-    turn = torch.linalg.pinv(sketch) @ anchors
-    same_span = (sketch @ turn - anchors).flatten(1).norm(dim=1) <= 1e-2 * size
-    rotation = (turn.mT @ turn - eye).flatten(1).norm(dim=1) <= 1e-2
-    turn = torch.where((same_span & rotation)[:, None, None], turn, 0)
-    return torch.where(still[:, None, None], eye, turn)
 
 
 def _check_options(options: dict[str, Any], optimizer: str) -> None:
@@ -344,6 +279,22 @@ def _check_pair(a: Tensor, b: Tensor, scaling: float) -> None:
             )
     if not scaling > 0:
         raise UserError(f"the scaling {scaling} of a LoRA group must be positive")
+
+
+def can_be_graphed(factors: list[Tensor]) -> bool:
+    """Whether the fast step takes these factors: plain float32 tensors on one NVIDIA GPU of 2020 or later."""
+    if not factors or importlib.util.find_spec("triton") is None:
+        return False
+    device = factors[0].device
+    if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    return all(
+        type(factor) in (Tensor, nn.Parameter)
+        and factor.device == device
+        and factor.dtype == torch.float32
+        and factor.is_contiguous()
+        for factor in factors
+    )
 
 
 @contextmanager

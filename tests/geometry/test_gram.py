@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from lightning_rlora.geometry.gram import cholesky_root, gram, polar_factor, range_root, root_of_range, triangle
+from lightning_rlora.geometry.gram import (
+    cholesky_root,
+    gram,
+    polar_factor,
+    polar_factor_by_eigh,
+    range_root,
+    root_of_range,
+    triangle,
+)
 
 DOUBLE = torch.float64
 
@@ -106,3 +114,21 @@ def test_polar_factor():
     assert (s - torch.tensor([1.0, 1, 0, 0, 0, 0], dtype=DOUBLE)).abs().max() < 1e-12
     diagonal = torch.diag(torch.tensor([1.0, 2e-5, 5e-6], dtype=DOUBLE))
     assert polar_factor(diagonal, 1e-5).diagonal().abs().tolist() == pytest.approx([1, 1, 0])
+
+
+@pytest.mark.parametrize("smallest", [1.0, 1e-2, 1.1e-5])
+@pytest.mark.parametrize("size", [1.0, 1e-20, 1e20])
+def test_polar_factor_by_eigh(smallest, size):
+    """The same to float32's rounding, with the same singular values left out."""
+    u, v = (torch.linalg.qr(tall(5, 12, 12, seed=seed)).Q for seed in (0, 1))
+    s = smallest ** (torch.arange(12, dtype=DOUBLE) / 11)
+    s = torch.stack([s, s, s, s, torch.zeros_like(s)])
+    s[1, 9:] = 0  # rank deficient
+    s[2, 10:] = 0.9e-5  # below the tolerance
+    s[3, 0] = 2.0
+    k = size * (u * s.unsqueeze(1)) @ v.mT
+    expected = polar_factor(k, 1e-5)
+    found = polar_factor_by_eigh(k, 1e-5)
+    if smallest == 1.1e-5:  # relative to the largest, 2, the last of the fourth lies below
+        assert torch.linalg.matrix_rank(expected, rtol=0.5).tolist() == [12, 9, 10, 11, 0]
+    assert (found - expected).abs().max() < 1e-6  # measured 5e-8 next to the tolerance, 1e-13 far from it

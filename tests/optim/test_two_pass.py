@@ -23,8 +23,10 @@ from lightning_rlora.geometry import (
     random_point,
     tangent_to_dense,
 )
+from lightning_rlora.geometry.gram import polar_factor, polar_factor_by_eigh
 from lightning_rlora.optim.reference import reference_step
-from lightning_rlora.optim.two_pass import Factors, advance, measure, orthogonal_direction
+from lightning_rlora.optim.sides import Sides, advance, bases, gradient_velocity, new_velocity
+from lightning_rlora.optim.two_pass import eigh_triplets, orthogonal_direction, svd_triplets
 
 SHAPES = [  # (m, n, r)
     (40, 24, 1),
@@ -40,6 +42,7 @@ SHAPES = [  # (m, n, r)
 GRADIENTS = ["generic", "zero", "rank one", "inside U", "inside V", "1e-20", "1e20"]
 DTYPES = [pytest.param(torch.float64, id="float64"), pytest.param(torch.float32, id="float32")]
 BATCH = 4
+POLAR = {torch.float64: polar_factor, torch.float32: polar_factor_by_eigh}
 LR = 0.01
 SCALING = 2.0
 NEAR = {torch.float64: 1000.0, torch.float32: 10.0}  # factor from the rank tolerance within which a case is left out
@@ -96,24 +99,33 @@ def draw(kind, state, generator) -> Tensor:
     }[kind]
 
 
+def sides(state: State, g: Tensor) -> Sides:
+    left = (SCALING * g @ state.at.double()).to(state.b.dtype)
+    right = (SCALING * g.mT @ state.b.double()).to(state.b.dtype)
+    return Sides([state.b, state.at], [left, right], [state.m_a, state.m_b])
+
+
+def number(value: float) -> Tensor:
+    """A hyperparameter of every adapter."""
+    return torch.full((BATCH, 1, 1), value, dtype=torch.float64)
+
+
 def two_pass(state: State, g: Tensor, *, muon: bool, momentum: float, weight_decay: float) -> State:
     dtype = state.b.dtype
-    b, at = state.b.double(), state.at.double()
-    left = Factors(state.b, (SCALING * g @ at).to(dtype), state.m_a)
-    right = Factors(state.at, (SCALING * g.mT @ b).to(dtype), state.m_b)
-    *new, _ = advance(
-        left,
-        right,
-        measure(left, right, SCALING),
+    tall = sides(state, g)
+    at = bases(tall)
+    weight = number((1.0 if muon else 1 - momentum) / SCALING)
+    factors, momenta, _ = advance(
+        tall,
+        at,
+        new_velocity(tall, at, weight, number(momentum)),
         scaling=SCALING,
-        direction=orthogonal_direction(RANK_TOLERANCE[dtype]) if muon else lambda core: core,
+        direction=orthogonal_direction(RANK_TOLERANCE[dtype], POLAR[dtype]) if muon else lambda core: core,
         lr=LR,
-        momentum=momentum,
-        gradient_weight=1.0 if muon else 1 - momentum,
         weight_decay=weight_decay,
         min_singular_value=1e-14,
     )
-    return State(*new)
+    return State(*factors, *momenta)
 
 
 def options(muon, momentum, weight_decay):
@@ -264,17 +276,16 @@ def test_norms_of_the_tangent_factors(dtype):
         state = start(shape, dtype, None, generator)
         g = draw(kind, state, generator)
         u, v = state.bases()
-        left = Factors(state.b, (SCALING * g @ state.at.double()).to(dtype), state.m_a)
-        right = Factors(state.at, (SCALING * g.mT @ state.b.double()).to(dtype), state.m_b)
-        measured = measure(left, right, SCALING)
+        tall = sides(state, g)
+        norm_a, norm_b = gradient_velocity(tall, bases(tall), number(1 / SCALING)).norms()
         g_v = g @ v
         a = (g_v - u @ (u.mT @ g_v)).norm(dim=(1, 2))
         b = (g.mT @ u).norm(dim=(1, 2))
         whole = torch.stack([tangent_part(*one).norm() for one in zip(u, v, g, strict=True)])
         tolerance = {torch.float64: 1e-13, torch.float32: 1e-6}[dtype]  # measured 1e-15, 2e-7
-        assert ((measured.norm_a - a).abs() <= tolerance * whole).all()
-        assert ((measured.norm_b - b).abs() <= tolerance * whole).all()
-        assert ((measured.tangent_norm - whole).abs() <= tolerance * whole).all()
+        assert ((norm_a - a).abs() <= tolerance * whole).all()
+        assert ((norm_b - b).abs() <= tolerance * whole).all()
+        assert ((torch.hypot(norm_a, norm_b) - whole).abs() <= tolerance * whole).all()
 
 
 def test_a_point_that_vanishes_stays_finite():
@@ -286,3 +297,51 @@ def test_a_point_that_vanishes_stays_finite():
         for part in state:
             assert torch.isfinite(part).all()
         assert (torch.linalg.matrix_rank(state.b.double(), rtol=1e-6) == 3).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_shapes_that_step_together_step_as_if_alone(dtype):
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(40, 24, 4), (5, 30, 4), (24, 40, 4)]  # one with fewer than 2r rows
+    alone, together = [], [Sides([], [], []) for _ in range(2)]
+    for shape in shapes:
+        state = start(shape, dtype, None, generator)
+        state = two_pass(state, draw("generic", state, generator), muon=True, momentum=0.9, weight_decay=0.0)
+        g = draw("generic", state, generator)
+        alone.append(two_pass(state, g, muon=True, momentum=0.9, weight_decay=0.0))
+        for part, tall in zip(zip(*together, strict=True), sides(state, g), strict=True):
+            part[0].append(tall[0])
+            part[1].append(tall[1])
+    both = Sides(*(left + right for left, right in zip(*together, strict=True)))
+    at = bases(both)
+    one = number(1.0).repeat(len(shapes), 1, 1)
+    factors, momenta, _ = advance(
+        both,
+        at,
+        new_velocity(both, at, one / SCALING, 0.9 * one),
+        scaling=SCALING,
+        direction=orthogonal_direction(RANK_TOLERANCE[dtype], POLAR[dtype]),
+        lr=LR,
+        weight_decay=0.0,
+        min_singular_value=1e-14,
+    )
+    for i, state in enumerate(alone):
+        j = i + len(shapes)
+        for x, y in zip(state, (factors[i], factors[j], momenta[i], momenta[j]), strict=True):
+            assert relative(y, x) < 10 * torch.finfo(dtype).eps  # measured 0
+
+
+def test_triplets_from_eigenvalues():
+    generator = torch.Generator().manual_seed(0)
+    k = torch.randn(6, 10, 10, generator=generator, dtype=torch.float64)
+    u, s, vt = torch.linalg.svd(k)
+    for smallest, allowed in ((1e-1, 1e-13), (2e-4, 1e-7), (1e-9, 1e-13)):  # measured 3e-15, 5e-10, 2e-15 (by SVD)
+        s = torch.cat([smallest ** (torch.arange(5, dtype=torch.float64) / 4), smallest * 0.1 ** torch.arange(1, 6)])
+        matrices = (u * s) @ vt
+        p, sigma, q = eigh_triplets(matrices, 5)
+        one = torch.eye(5, dtype=torch.float64)
+        assert ((sigma - s[:5]) / s[:5]).abs().max() < max(allowed, 1e-6 if smallest < 1e-8 else 0)
+        assert (p.mT @ p - one).abs().max() < allowed and (q.mT @ q - one).abs().max() < allowed
+        expected = svd_triplets(matrices, 5)
+        product, other = ((x * y.unsqueeze(1)) @ z.mT for x, y, z in ((p, sigma, q), expected))
+        assert (product - other).abs().max() < 1e-13 + allowed * smallest

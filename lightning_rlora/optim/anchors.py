@@ -1,0 +1,60 @@
+"""Anchors: small sketches of the orthonormal bases that a momentum refers to.
+
+The momentum's tangent factors are coefficients on the bases U and V of the point. Where factors are changed from
+outside between two steps (loaded, merged, re-factored), their sketch does not agree with the anchor any more, and tells
+how the bases turned.
+"""
+
+import torch
+from torch import Tensor
+
+MOVED = {torch.float32: 1e-4, torch.float64: 1e-9}
+"""Relative change of the anchors that means a change from outside; rounding moves them by 1e-6 and 1e-15."""
+
+_SUMMED = 4
+MOST_SUMMED = 2 * _SUMMED
+"""Rows of a factor that one row of its sketch sums, at most."""
+
+
+def sketch_rows(rank: int) -> int:
+    """Rows of a sketch: enough to tell any two bases apart, and few beside a factor's."""
+    return rank + 8
+
+
+def sketch_stride(height: int, rank: int) -> int:
+    """Distance of the rows that are read of a tall matrix."""
+    return max(1, height // (_SUMMED * sketch_rows(rank)))
+
+
+def sketch(*stacks: Tensor) -> Tensor:
+    """Sums of evenly spaced rows of tall matrices, in stacks (l, rows, r) of any heights: (L, k, r).
+
+    Single rows would not do: an embedding's start from gradients is zero in the rows of all tokens not seen.
+    """
+    r = stacks[0].shape[-1]
+    k = sketch_rows(r)
+    reads = [stack[:, :: sketch_stride(stack.shape[1], r)] for stack in stacks]
+    summed = max(-(-read.shape[1] // k) for read in reads)
+    rows = stacks[0].new_zeros(sum(len(read) for read in reads), summed * k, r)
+    for read, place in zip(reads, rows.split([len(read) for read in reads]), strict=True):
+        place[:, : read.shape[1]] = read
+    return rows.unflatten(1, (-1, k)).sum(1)
+
+
+def stands(sketched: Tensor, anchors: Tensor, tolerance: float) -> Tensor:
+    """Whether sketches (L, k, r) of the bases agree with their anchors, (L,)."""
+    return (sketched - anchors).flatten(1).norm(dim=1) <= tolerance * anchors.flatten(1).norm(dim=1)
+
+
+def turn(sketched: Tensor, anchors: Tensor, tolerance: float) -> Tensor:
+    """The old bases in the new ones, U^T U_old (L, r, r), from sketches of both.
+
+    Identity where a basis did not move, zero where it does not span the old space any more.
+    """
+    eye = torch.eye(sketched.shape[-1], dtype=sketched.dtype, device=sketched.device)
+    turned = torch.linalg.pinv(sketched) @ anchors
+    residual = (sketched @ turned - anchors).flatten(1).norm(dim=1)
+    same_span = residual <= 1e-2 * anchors.flatten(1).norm(dim=1)
+    rotation = (turned.mT @ turned - eye).flatten(1).norm(dim=1) <= 1e-2
+    turned = torch.where((same_span & rotation)[:, None, None], turned, 0)
+    return torch.where(stands(sketched, anchors, tolerance)[:, None, None], eye, turned)

@@ -1,0 +1,137 @@
+"""Triton kernels that factorise many small matrices at once, one an instance, in registers."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _cholesky(
+    matrices, roots, inverses, floors, batch_stride, row_stride, k: tl.constexpr, K: tl.constexpr,
+    FLOORED: tl.constexpr,
+):  # fmt: skip
+    item = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, K)
+    inside = (i < k)[:, None] & (i < k)[None, :]
+    diagonal = (i[:, None] == i[None, :]) & inside
+    n = tl.load(matrices + item * batch_stride + i[:, None] * row_stride + i[None, :], mask=inside, other=0.0)
+    size = tl.sum(tl.where(diagonal, n, 0.0), 1)
+    if FLOORED:
+        floor = tl.load(floors + item)
+        scale = tl.full((K,), 1.0, tl.float64)
+    else:
+        floor = 0.0
+        scale = tl.where(i < k, 1 / tl.sqrt(size), 1.0)
+        n = n * scale[:, None] * scale[None, :]
+    identity = tl.where(diagonal, 1.0, 0.0).to(tl.float64)
+    lower = tl.zeros((K, K), tl.float64)
+    inverse = identity  # of lower, by the same row operations
+    for j in range(k):
+        column = tl.sum(tl.where(i[None, :] == j, n, 0.0), 1)
+        pivot = tl.sum(tl.where(i == j, column, 0.0), 0)
+        kept = pivot > floor
+        reciprocal = tl.where(kept, 1 / tl.sqrt(tl.where(kept, pivot, 1.0)), 0.0)
+        column = tl.where(i >= j, column * reciprocal, 0.0)
+        n -= column[:, None] * column[None, :]
+        lower = tl.where(i[None, :] == j, column[:, None], lower)
+        row = tl.sum(tl.where(i[:, None] == j, inverse, 0.0), 0) * reciprocal
+        below = tl.where(i > j, column, 0.0)
+        inverse = tl.where(i[:, None] == j, row[None, :], inverse - below[:, None] * row[None, :])
+    # N = L L^T: the upper root is L^T, with the scaling undone, and its inverse L^-T
+    out = item * k * k + i[:, None] * k + i[None, :]
+    tl.store(roots + out, tl.trans(lower) / scale[None, :], mask=inside)
+    tl.store(inverses + out, tl.trans(inverse) * scale[:, None], mask=inside)
+
+
+def cholesky(n: Tensor, floor: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Upper R with R^T R = N and R^-1, float64 (L, k, k), of positive definite N; or of semidefinite N with a floor.
+
+    With `floor` (L,), a column whose part outside the columns before it has a squared norm of at most that counts as
+    their combination: its row of R and its column of the inverse T are zero, and T^T N T = 1 on the others. Without, N
+    is scaled to unit diagonal first.
+    """
+    k = n.shape[-1]
+    roots, inverses = (torch.empty_like(n, memory_format=torch.contiguous_format) for _ in range(2))
+    _cholesky[(len(n),)](
+        n, roots, inverses, n if floor is None else floor, n.stride(0), n.stride(1),
+        k=k, K=triton.next_power_of_2(k), FLOORED=floor is not None, num_warps=max(1, min(8, k * k // 512)),
+    )  # fmt: skip
+    return roots, inverses
+
+
+@triton.jit
+def _rotate(p, q, live, worst):
+    """Rotations that make each row of p orthogonal to its row of q; the two change places."""
+    a = tl.sum(p * p, 1)
+    b = tl.sum(q * q, 1)
+    g = tl.sum(p * q, 1)
+    live = live & (g != 0)
+    cosine = tl.abs(g) / tl.sqrt(tl.where(live, a * b, 1.0))
+    worst = tl.maximum(worst, tl.where(live, cosine, 0.0).to(tl.float32))
+    # the angle need not be exact, only the rotation orthogonal
+    zeta = ((b - a) / tl.where(live, 2 * g, 1.0)).to(tl.float32)
+    tangent = tl.where(zeta >= 0, 1.0, -1.0) / (tl.abs(zeta) + tl.sqrt(1 + zeta * zeta))
+    tangent = tl.where(live, tangent, 0.0)
+    square = 1 + tangent.to(p.dtype) * tangent.to(p.dtype)
+    c = tl.rsqrt(1 + tangent * tangent).to(p.dtype)
+    c = c * (1.5 - 0.5 * square * c * c)
+    c = c * (1.5 - 0.5 * square * c * c)
+    s = c * tangent.to(p.dtype)
+    return s[:, None] * p + c[:, None] * q, c[:, None] * p - s[:, None] * q, worst
+
+
+@triton.jit
+def _jacobi(
+    columns, n: tl.constexpr, height: tl.constexpr, HALF: tl.constexpr, HEIGHT: tl.constexpr, TOLERANCE: tl.constexpr,
+    SWEEPS: tl.constexpr,
+):  # fmt: skip
+    """One-sided Jacobi, a matrix an instance, its columns in registers: pairs of neighbours, then of the others.
+
+    Convergence is quadratic: a sweep that met cosines of at most TOLERANCE leaves about their squares, but for columns
+    of nearly equal singular values, whose cosines stay below it.
+    """
+    i = tl.arange(0, HALF)
+    row = tl.arange(0, HEIGHT)
+    even = i < n // 2
+    odd = i < n // 2 - 1
+    inside = even[:, None] & (row < height)[None, :]
+    pointers = columns + tl.program_id(0).to(tl.int64) * n * height + 2 * i[:, None] * height + row[None, :]
+    p = tl.load(pointers, mask=inside, other=0.0)
+    q = tl.load(pointers + height, mask=inside, other=0.0)
+    after = tl.minimum(i + 1, HALF - 1)[:, None] + tl.zeros((HALF, HEIGHT), tl.int32)
+    before = tl.maximum(i - 1, 0)[:, None] + tl.zeros((HALF, HEIGHT), tl.int32)
+    cosine = 1.0
+    sweep = 0
+    while (cosine > TOLERANCE) & (sweep < SWEEPS):
+        worst = tl.zeros((HALF,), tl.float32)
+        for _ in range(n // 2):
+            # columns wander by one place a round, so that all pairs meet once in a sweep
+            p_new, q_new, worst = _rotate(p, q, even, worst)
+            p = tl.where(even[:, None], p_new, p)
+            q = tl.where(even[:, None], q_new, q)
+            neighbour = tl.gather(p, after, 0)
+            q_new, neighbour_new, worst = _rotate(q, neighbour, odd, worst)
+            q = tl.where(odd[:, None], q_new, q)
+            neighbour = tl.where(odd[:, None], neighbour_new, neighbour)
+            p = tl.where((i == 0)[:, None], p, tl.gather(neighbour, before, 0))
+        cosine = tl.max(worst, 0)
+        sweep += 1
+    tl.store(pointers, p, mask=inside)
+    tl.store(pointers + height, q, mask=inside)
+
+
+def orthogonal_columns(matrices: Tensor) -> Tensor:
+    """K W (L, p, n) with orthogonal columns for some orthogonal W, of matrices K (L, p, n) with n even.
+
+    The columns are the left singular vectors times the singular values, in no order.
+    """
+    batch, p, n = matrices.shape
+    columns = matrices.mT.clone(memory_format=torch.contiguous_format)
+    _jacobi[(batch,)](
+        columns, n=n, height=p, HALF=triton.next_power_of_2(n // 2), HEIGHT=triton.next_power_of_2(p),
+        TOLERANCE=1e-7, SWEEPS=20, num_warps=max(1, min(4, n * p // 1024)),
+    )  # fmt: skip
+    return columns.mT

@@ -1,0 +1,221 @@
+"""The fast step against the plain one: on the CPU through Triton's interpreter, and on a GPU where there is one."""
+
+import copy
+
+import pytest
+import torch
+from graphed_cases import Shapes, build, hand_over, pairs_of, random_gradients, worst_drift, worst_error
+
+from lightning_rlora.errors import UserError
+from lightning_rlora.optim import RiemannianSGD, Riemannion
+
+pytest.importorskip("triton", reason="the fast step is written in Triton")
+
+from lightning_rlora.optim.graphed import GraphedStep, PairOfGroup
+
+GPU = torch.cuda.is_available()
+on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a CUDA device")]
+SMALL = [Shapes(2.0, 4, [(40, 33), (30, 50)]), Shapes(0.5, 3, [(24, 20)]), Shapes(1.0, 4, [(40, 33)])]
+OPTIMIZERS = [
+    pytest.param(Riemannion, {"weight_decay": 0.1}, id="riemannion"),
+    pytest.param(Riemannion, {"max_tangent_norm": 1.0}, id="riemannion clipped"),
+    pytest.param(RiemannianSGD, {"weight_decay": 0.1}, id="sgd"),
+    pytest.param(RiemannianSGD, {"max_tangent_norm": 0.5, "simulate_adam": True}, id="sgd like Adam, clipped"),
+]
+
+
+def graphed(optimizer) -> GraphedStep:
+    """The fast step of an optimizer that has made a step, on whatever device."""
+    pairs = [
+        PairOfGroup(a, b, number)
+        for number, group in enumerate(optimizer.param_groups)
+        for a, b in zip(group["params"][::2], group["params"][1::2], strict=True)
+    ]
+    step = GraphedStep(pairs, optimizer.param_groups, optimizer.state, optimizer.max_tangent_norm)
+    assert step.ready()
+    return step
+
+
+@pytest.mark.skipif(GPU, reason="the interpreter is for machines without a GPU")
+@pytest.mark.parametrize(("make", "options"), OPTIMIZERS)
+def test_interpreted_step_is_the_plain_step(make, options):
+    """Ranks, shapes and scalings mixed; measured 4e-7 for the products, 3e-6 for the state."""
+    generator = torch.Generator().manual_seed(1)
+    optimizer, plain = (build(make, SMALL, torch.float32, lr=0.01, **options) for _ in range(2))
+    hand_over([optimizer, plain], random_gradients(plain, generator))
+    optimizer.step(), plain.step()
+    fast = graphed(optimizer)
+    for _ in range(2):
+        gradients = random_gradients(plain, generator)
+        hand_over([optimizer], gradients)
+        hand_over([plain], gradients)
+        assert fast.step()
+        plain.step()
+    assert worst_error(optimizer, plain) < 3e-6
+    for pair, plain_pair in zip(pairs_of(optimizer), pairs_of(plain), strict=True):
+        for factor, plain_factor in zip(pair[:2], plain_pair[:2], strict=True):
+            for name, value in plain.state[plain_factor].items():
+                assert torch.allclose(optimizer.state[factor][name], value, rtol=1e-4, atol=1e-5), name
+    assert fast.found == (False, False)
+
+
+@pytest.mark.skipif(GPU, reason="the interpreter is for machines without a GPU")
+def test_interpreted_step_leaves_out_what_it_must():
+    """Pairs without gradients stay; one gradient that is not finite stops all; a change of the factors is noticed."""
+    generator = torch.Generator().manual_seed(1)
+    optimizer = build(Riemannion, SMALL, torch.float32, lr=0.01)
+    hand_over([optimizer], random_gradients(optimizer, generator))
+    optimizer.step()
+    fast = graphed(optimizer)
+
+    def snapshot():
+        return [factor.detach().clone() for pair in pairs_of(optimizer) for factor in pair[:2]]
+
+    hand_over([optimizer], random_gradients(optimizer, generator))
+    a, b, _ = pairs_of(optimizer)[1]
+    a.grad = b.grad = None
+    before = snapshot()
+    assert fast.step()
+    kept = [torch.equal(x, y) for x, y in zip(before, snapshot(), strict=True)]
+    assert kept == [False, False, True, True, False, False, False, False]
+
+    hand_over([optimizer], random_gradients(optimizer, generator))
+    pairs_of(optimizer)[2][1].grad[0, 0] = float("nan")
+    before = snapshot()
+    assert fast.step()
+    assert all(torch.equal(x, y) for x, y in zip(before, snapshot(), strict=True))
+    assert fast.found == (True, False) and fast.found_nonfinite == 1
+
+    hand_over([optimizer], random_gradients(optimizer, generator))
+    assert fast.unchanged()
+    pairs_of(optimizer)[0][0].data.neg_()  # behind autograd's back
+    assert fast.unchanged()
+    before = snapshot()
+    assert fast.step()
+    kept = [torch.equal(x, y) for x, y in zip(before, snapshot(), strict=True)]
+    assert kept == [True, True, False, False, False, False, False, False]
+    assert fast.found[1]
+    with torch.no_grad():
+        pairs_of(optimizer)[0][0].neg_()
+    assert not fast.unchanged()
+
+
+RANKS = [
+    Shapes(2.0, 1, [(64, 48)]),
+    Shapes(0.5, 2, [(64, 48), (100, 36)]),
+    Shapes(1.0, 5, [(64, 50)]),
+    Shapes(1.0, 8, [(64, 50), (200, 100), (8, 50)]),  # r = m
+    Shapes(2.0, 12, [(64, 50), (20, 18)]),  # 2r > m, n
+    Shapes(2.0, 16, [(300, 50)]),
+    Shapes(2.0, 32, [(300, 150)]),
+    Shapes(0.3, 48, [(300, 150)]),
+    Shapes(0.3, 64, [(300, 200), (100, 200)]),
+    Shapes(2.0, 128, [(500, 400)]),
+]
+
+
+class TestOnTheGpu:
+    pytestmark = on_gpu
+
+    @pytest.mark.parametrize(("make", "options"), OPTIMIZERS)
+    @pytest.mark.parametrize("spread", [0.1, 1e-8])
+    def test_follows_float64(self, make, options, spread):
+        """All ranks in one optimizer, against the plain step in float64 on the CPU, and twice with the same bits."""
+        generator = torch.Generator().manual_seed(1)
+        options = {"lr": 0.01} | options
+        fast, again = (build(make, RANKS, torch.float32, "cuda", spread, **options) for _ in range(2))
+        exact = build(make, RANKS, torch.float64, "cpu", spread, **options)
+        for _ in range(40):
+            gradients = random_gradients(exact, generator)
+            hand_over([fast, again, exact], gradients)
+            for optimizer in (fast, again, exact):
+                optimizer.step()
+        assert fast._graphed is not None
+        assert worst_error(fast, exact) < 1e-4
+        assert worst_drift(fast) < 1e-5
+        for (a, b, _), (a_0, b_0, _) in zip(pairs_of(fast), pairs_of(again), strict=True):
+            assert torch.equal(a, a_0) and torch.equal(b, b_0)
+
+    @pytest.mark.parametrize("kind", ["zero", "rank one", "inside U"])
+    def test_degenerate_gradients(self, kind):
+        generator = torch.Generator().manual_seed(1)
+        fast = build(Riemannion, RANKS, torch.float32, "cuda", lr=0.01)
+        exact = build(Riemannion, RANKS, torch.float64, "cpu", lr=0.01)
+        drift = random_gradients(exact, generator)
+        for _ in range(10):
+            gradients = []
+            for (_, b, _), g in zip(pairs_of(exact), drift, strict=True):
+                u = torch.linalg.qr(b.detach()).Q
+                made = {"zero": 0 * g, "rank one": g[:, :1] @ g[:1, :], "inside U": u @ (u.mT @ g)}
+                gradients.append(made[kind])
+            hand_over([fast, exact], gradients)
+            fast.step(), exact.step()
+        assert worst_error(fast, exact) < 1e-4
+
+    def test_a_gradient_that_is_not_finite_is_told_a_step_late(self):
+        generator = torch.Generator().manual_seed(1)
+        optimizer = build(Riemannion, SMALL, torch.float32, "cuda", lr=0.01)
+        other = torch.nn.Parameter(torch.ones(3, device="cuda"))
+        optimizer.add_param_group({"params": [other], "algorithm": "adamw"})
+        for _ in range(4):
+            hand_over([optimizer], random_gradients(optimizer, generator))
+            other.grad = torch.ones_like(other)
+            optimizer.step()
+        hand_over([optimizer], random_gradients(optimizer, generator))
+        pairs_of(optimizer)[2][1].grad[0, 0] = float("inf")
+        before = [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
+        optimizer.step()
+        after = [p.detach() for group in optimizer.param_groups for p in group["params"]]
+        assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+        torch.cuda.synchronize()
+        hand_over([optimizer], random_gradients(optimizer, generator))
+        with pytest.raises(UserError, match="not finite"):
+            optimizer.step()
+        optimizer.step()  # and goes on
+
+    def test_no_synchronisation_and_a_graph(self):
+        generator = torch.Generator().manual_seed(1)
+        optimizer = build(Riemannion, RANKS, torch.float32, "cuda", lr=0.01, max_tangent_norm=1.0)
+        for _ in range(4):
+            hand_over([optimizer], random_gradients(optimizer, generator))
+            optimizer.step()
+        allocated = torch.cuda.memory_allocated()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(3):
+                optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.cuda.memory_allocated() == allocated
+        assert optimizer._graphed._graph is not None
+
+    def test_changes_from_outside_between_steps(self):
+        """A re-factoring carries the momentum along; a loaded state and a copy go on as the original does."""
+        generator = torch.Generator().manual_seed(1)
+        optimizer, untouched = (build(Riemannion, SMALL, torch.float32, "cuda", lr=0.01) for _ in range(2))
+
+        def run(optimizers, steps):
+            for _ in range(steps):
+                gradients = random_gradients(optimizers[0], generator)
+                for one in optimizers:
+                    hand_over([one], gradients)
+                    one.step()
+
+        run([optimizer, untouched], 5)
+        mixings = {}
+        for a, b, _ in pairs_of(optimizer):
+            mix = torch.randn(len(a), len(a), device="cuda", dtype=torch.float64)
+            mixings[a] = mix
+            with torch.no_grad():
+                b.copy_(b.double() @ mix), a.copy_(torch.linalg.solve(mix, a.double()))
+        run([optimizer, untouched], 5)
+        assert worst_error(optimizer, untouched) < 1e-4
+        twin = copy.deepcopy(optimizer)
+        loaded = build(Riemannion, SMALL, torch.float32, "cuda", lr=0.01)
+        for (a, b, _), (a_0, b_0, _) in zip(pairs_of(loaded), pairs_of(optimizer), strict=True):
+            with torch.no_grad():
+                a.copy_(a_0), b.copy_(b_0)
+        loaded.load_state_dict(optimizer.state_dict())
+        run([optimizer, twin, loaded], 5)
+        for other in (twin, loaded):
+            assert worst_error(other, optimizer) < 1e-6

@@ -1,0 +1,122 @@
+"""The Triton kernels against dense float64 computations: on the CPU through the interpreter, on a GPU as compiled."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the fast step is written in Triton")
+
+from lightning_rlora.optim.anchors import sketch
+from lightning_rlora.optim.small_kernels import cholesky, orthogonal_columns
+from lightning_rlora.optim.tall_kernels import TallPasses
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CASES = [(4, [(20, 33), (50, 17)]), (3, [(20, 48)]), (16, [(48, 32)]), (20, [(40, 50)]), (70, [(80, 100)])]
+
+
+class Tall:
+    """Random factors, gradients and momenta of pairs, and the passes over them."""
+
+    def __init__(self, rank, shapes, aligned=False):
+        generator = torch.Generator().manual_seed(0)
+        sides = [side for m, n in shapes for side in ((m, rank), (rank, n))]
+        draw = [torch.randn(3, *side, generator=generator).to(DEVICE) for side in sides]
+        self.factors, self.gradients, self.momenta = ([one[i] for one in draw] for i in range(3))
+        self.rank = rank
+        heights = [x.numel() // rank for x in self.factors]
+        self.passes = TallPasses(heights, rank, torch.device(DEVICE), aligned=aligned)
+        addresses = [[x.data_ptr() for x in tall] for tall in (self.factors, self.gradients, self.momenta)]
+        self.passes.table.copy_(torch.tensor(addresses))
+        self.weights = torch.rand(len(sides), rank, generator=generator).to(DEVICE)
+        self.kept = torch.rand(len(sides), generator=generator).to(DEVICE)
+
+    def side(self, i):
+        """[B N] of a side in float64."""
+        b, g, m = (
+            tall[i].double() if i % 2 == 0 else tall[i].double().mT
+            for tall in (self.factors, self.gradients, self.momenta)
+        )
+        return torch.cat([b, g * self.weights[i] + self.kept[i] * m], 1)
+
+
+@pytest.mark.parametrize(("rank", "shapes"), CASES)
+def test_gram(rank, shapes):
+    tall = Tall(rank, shapes, aligned=rank == 16)
+    found = tall.passes.gram(tall.weights, tall.kept)
+    for i, n in enumerate(found):
+        w = tall.side(i)
+        assert (n - w.mT @ w).norm() < 1e-7 * n.norm()  # measured 3e-8, the rounding of N; the sums are exact
+
+
+@pytest.mark.parametrize(("rank", "shapes"), CASES)
+def test_apply(rank, shapes):
+    tall = Tall(rank, shapes, aligned=rank == 16)
+    sides = len(tall.factors)
+    t = torch.randn(sides, 2 * rank, 2 * rank, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    skip = torch.zeros(sides // 2, dtype=torch.int32, device=DEVICE)
+    if len(shapes) > 1:
+        skip[1] = 1
+    expected = []
+    for i in range(sides):
+        w = tall.side(i)
+        new = w @ t[i].double()
+        new[:, :rank] += w[:, :rank]
+        expected.append(new)
+    kept = [(tall.factors[i].clone(), tall.momenta[i].clone()) for i in range(sides)]
+    tall.passes.apply(tall.weights, tall.kept, t, skip)
+    for i in range(sides):
+        found = tall.factors[i], tall.momenta[i]
+        if skip[i // 2]:
+            assert torch.equal(found[0], kept[i][0]) and torch.equal(found[1], kept[i][1])
+            continue
+        for part, want in zip(found, expected[i].split(rank, 1), strict=True):
+            part = part.double() if i % 2 == 0 else part.double().mT
+            assert (part - want).norm() < 1e-6 * want.norm()  # measured 6e-8; 3e-7 with TF32 in three parts
+
+
+def test_sketch():
+    tall = Tall(3, [(20, 300), (77, 5)])
+    for i, found in enumerate(tall.passes.sketch()):
+        factor = tall.factors[i] if i % 2 == 0 else tall.factors[i].mT
+        assert torch.allclose(found, sketch(factor[None])[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("k", [1, 5, 16])
+def test_cholesky(k):
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(3, 2 * k + 2, k, generator=generator, dtype=torch.float64).to(DEVICE)
+    w = w * 10.0 ** -torch.linspace(0, 8, k, dtype=torch.float64).to(DEVICE)  # sizes of columns spread widely
+    n = w.mT @ w
+    root, inverse = cholesky(n)
+    assert torch.equal(root, root.triu())
+    size = n.diagonal(dim1=1, dim2=2).sqrt()
+    assert ((root.mT @ root - n).abs() <= 1e-13 * size.unsqueeze(1) * size.unsqueeze(2)).all()
+    assert (root @ inverse - torch.eye(k, dtype=n.dtype, device=DEVICE)).abs().max() < 1e-10
+
+
+def test_cholesky_with_a_floor():
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(4, 9, 5, generator=generator, dtype=torch.float64).to(DEVICE)
+    w[1, :, 2] = w[1, :, 0] - w[1, :, 1]
+    w[2, :, 0] = 0
+    w[3] = 0
+    n = w.mT @ w
+    floor = 1e-12 * n.diagonal(dim1=1, dim2=2).sum(-1)
+    root, inverse = cholesky(n, floor)
+    assert (root.mT @ root - n).abs().max() < 1e-12
+    found = (inverse.mT @ n @ inverse).diagonal(dim1=1, dim2=2).round(decimals=10)
+    assert found.tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 1, 1], [0, 1, 1, 1, 1], [0, 0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (6, 6), (7, 6), (16, 16)])
+def test_orthogonal_columns(shape):
+    generator = torch.Generator().manual_seed(0)
+    k = torch.randn(3, *shape, generator=generator, dtype=torch.float64).to(DEVICE)
+    k[1] = k[1, :, :1] @ k[1, :1]  # rank one
+    k[2] = 0
+    y = orthogonal_columns(k)
+    sizes = y.norm(dim=1)
+    expected = torch.linalg.svdvals(k)
+    assert (sizes.sort(descending=True)[0] - expected).abs().max() < 1e-13 * expected.max()  # measured 2e-15
+    unit = y[0] / sizes[0]
+    assert (unit.mT @ unit - torch.eye(shape[1], dtype=k.dtype, device=DEVICE)).abs().max() < 1e-10
+    assert (y @ y.mT - k @ k.mT).abs().max() < 1e-12  # the columns were only rotated
