@@ -109,55 +109,93 @@ def purify(buffers: Tensor, traces: Tensor, squares: Tensor, skip: Tensor, rank:
 
 @triton.jit
 def _odd_polynomials(
-    buffers, coefficients, n: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr, STEPS: tl.constexpr
+    source, buffers, defects, coefficients, n: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+    FEW: tl.constexpr, MANY: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
-    buffers += tl.program_id(0).to(tl.int64) * 4 * n * n
+    item = tl.program_id(0).to(tl.int64)
+    source += item * n * n
+    buffers += item * 4 * n * n
     g = buffers + 2 * n * n
     h = buffers + 3 * n * n
-    for step in range(STEPS):
-        a = tl.load(coefficients + 3 * step)
-        b = tl.load(coefficients + 3 * step + 1)
-        c = tl.load(coefficients + 3 * step + 2)
-        x = buffers + (step % 2) * n * n
-        out = buffers + (1 - step % 2) * n * n
+    attempt = 0
+    steps = 0
+    defect = tl.zeros((), tl.float64)
+    while attempt < 2:
+        for i in range(n // TILE):
+            for j in range(n // TILE):
+                tl.store(buffers + _entries(i, j, n, TILE), tl.load(source + _entries(i, j, n, TILE)))
+        tl.debug_barrier()
+        steps = tl.where(attempt == 0, FEW, MANY)
+        for step in range(steps):
+            row = coefficients + 3 * (step + attempt * FEW)
+            a = tl.load(row)
+            b = tl.load(row + 1)
+            c = tl.load(row + 2)
+            x = buffers + (step % 2) * n * n
+            out = buffers + (1 - step % 2) * n * n
+            for i in range(n // TILE):
+                for j in range(i + 1):
+                    product = _product(x, x, i, j, n, TILE, DEPTH, True)
+                    tl.store(g + _entries(i, j, n, TILE), product)
+                    if i != j:
+                        tl.store(g + _entries(j, i, n, TILE), tl.trans(product))
+            tl.debug_barrier()
+            for i in range(n // TILE):
+                for j in range(i + 1):
+                    product = _product(g, g, i, j, n, TILE, DEPTH, False)
+                    product = c * product + b * tl.load(g + _entries(i, j, n, TILE))
+                    tl.store(h + _entries(i, j, n, TILE), product)
+                    if i != j:
+                        tl.store(h + _entries(j, i, n, TILE), tl.trans(product))
+            tl.debug_barrier()
+            for i in range(n // TILE):
+                for j in range(n // TILE):
+                    product = _product(x, h, i, j, n, TILE, DEPTH, False)
+                    tl.store(out + _entries(i, j, n, TILE), product + a * tl.load(x + _entries(i, j, n, TILE)))
+            tl.debug_barrier()
+        defect = defect * 0
+        x = buffers + (steps % 2) * n * n
         for i in range(n // TILE):
             for j in range(i + 1):
                 product = _product(x, x, i, j, n, TILE, DEPTH, True)
-                tl.store(g + _entries(i, j, n, TILE), product)
-                if i != j:
-                    tl.store(g + _entries(j, i, n, TILE), tl.trans(product))
+                square = tl.sum(tl.sum(product * product, 1), 0)
+                if i == j:
+                    place = tl.arange(0, TILE)
+                    on = tl.where(place[:, None] == place[None, :], product, 0.0)
+                    defect += tl.sum(tl.sum(on, 1), 0) - square
+                else:
+                    defect -= 2 * square
         tl.debug_barrier()
-        for i in range(n // TILE):
-            for j in range(i + 1):
-                product = _product(g, g, i, j, n, TILE, DEPTH, False)
-                product = c * product + b * tl.load(g + _entries(i, j, n, TILE))
-                tl.store(h + _entries(i, j, n, TILE), product)
-                if i != j:
-                    tl.store(h + _entries(j, i, n, TILE), tl.trans(product))
-        tl.debug_barrier()
+        attempt = tl.where(defect <= LIMIT, 2, attempt + 1)
+    if steps % 2 == 1:
         for i in range(n // TILE):
             for j in range(n // TILE):
-                product = _product(x, h, i, j, n, TILE, DEPTH, False)
-                tl.store(out + _entries(i, j, n, TILE), product + a * tl.load(x + _entries(i, j, n, TILE)))
-        tl.debug_barrier()
+                tl.store(buffers + _entries(i, j, n, TILE), tl.load(buffers + n * n + _entries(i, j, n, TILE)))
+    tl.store(defects + item, defect)
 
 
-def odd_polynomials(buffers: Tensor, coefficients: Tensor) -> Tensor:
-    """X <- a X + b X X^T X + c X (X^T X)^2 for each row a, b, c of the coefficients.
+def odd_polynomials(matrices: Tensor, coefficients: Tensor, few: int, limit: float) -> tuple[Tensor, Tensor]:
+    """X <- a X + b X X^T X + c X (X^T X)^2 for row after row a, b, c of the coefficients.
+
+    The first few rows are tried first; matrices whose singular values they do not bring to 0 and 1 start again with the
+    other rows.
 
     Args:
-        buffers: float64 (L, 4, n, n), X first, the rest working memory.
+        matrices: X, float64 (L, n, n), contiguous.
         coefficients: float64 (steps, 3), on the device.
+        few: How many rows are tried first.
+        limit: All is well where tr G - |G|^2 is at most this, G = X^T X.
 
     Returns:
-        The result, (L, n, n), a view of the buffers.
+        The results (L, n, n), and tr G - |G|^2 of each.
     """
-    n, steps = buffers.shape[-1], len(coefficients)
-    _odd_polynomials[(len(buffers),)](
-        buffers, coefficients, n=n, TILE=min(TILE, n), DEPTH=_DEPTH if n <= TILE else 2 * _DEPTH, STEPS=steps,
-        num_warps=max(1, min(8, n * n // 512)), num_stages=3,
+    n = matrices.shape[-1]
+    buffers, defects = matrices.new_empty(len(matrices), 4, n, n), matrices.new_empty(len(matrices))
+    _odd_polynomials[(len(matrices),)](
+        matrices, buffers, defects, coefficients, n=n, TILE=min(TILE, n), DEPTH=_DEPTH if n <= TILE else 2 * _DEPTH,
+        FEW=few, MANY=len(coefficients) - few, LIMIT=limit, num_warps=max(1, min(8, n * n // 512)), num_stages=3,
     )  # fmt: skip
-    return buffers[:, steps % 2]
+    return buffers[:, 0], defects
 
 
 @triton.jit

@@ -18,7 +18,10 @@ from lightning_rlora.optim import product_kernels, small_kernels
 TINY = 1e-300
 _CUSHION = 0.02
 """Singular values above this share of the largest are never made smaller than it, or rounding would grow with them."""
-_POLAR_DEFECT = 1e-10
+_POLAR_DEFECT = 1e-11
+"""Of tr G - |G|^2, G = X^T X: no singular value of X is farther than 3e-6 from both 0 and 1."""
+_MODERATE = 0.01
+"""Most momenta have no singular values below this share of the largest; they are done in half the products."""
 _PURE = 1e-11
 _STEPS = 100
 _NEARLY_DIAGONAL = 3e-4
@@ -31,15 +34,32 @@ _SMALL = 1e-4
 # ------------------------------------------------------------------------------------------------------- polar factor
 
 
-@cache
-def polar_coefficients(smallest: float) -> tuple[tuple[float, float, float], ...]:
-    """Odd quintics a x + b x^3 + c x^5 that, one after the other, take [smallest, 1] to 1 and what is far below to 0.
+Quintic = tuple[float, float, float]
+"""a, b, c of the odd polynomial a x + b x^3 + c x^5."""
 
-    The first ones are each the nearest to 1 on the interval where those before leave the values: the difference has
-    four extremes of equal size and alternating sign (Remez), at both ends and at two points between. The last two have
-    slope zero at 1 and at 0.
+_TO_ONE: Quintic = (15 / 8, -10 / 8, 3 / 8)  # slope and curvature zero at 1
+_TO_ZERO_OR_ONE: Quintic = (0.0, 2.5, -1.5)  # slope zero at 1 and at 0
+
+
+def polar_coefficients(smallest: float) -> list[Quintic]:
+    """Quintics that, one after the other, take [smallest, 1] to 1 and what is far below to 0."""
+    return [*_nearest_to_one(smallest), _TO_ZERO_OR_ONE, _TO_ZERO_OR_ONE]
+
+
+def first_coefficients() -> list[Quintic]:
+    """Fewer quintics for values in [`_MODERATE`, 1]; smaller ones end between 0 and 1, where they can be seen."""
+    return [*_nearest_to_one(_MODERATE), _TO_ONE, _TO_ONE]
+
+
+@cache
+def _nearest_to_one(smallest: float) -> list[Quintic]:
+    """Quintics that are each the nearest to 1 on the interval where those before leave the values.
+
+    The difference then has four extremes of equal size and alternating sign (Remez), at both ends and at two points
+    between.
     """
-    low, high, found = smallest, 1.0, []
+    low, high = smallest, 1.0
+    found: list[Quintic] = []
     while high - low > 3e-4:
         left = max(low, _CUSHION * high)
         points = np.array([left, (3 * left + high) / 4, (left + 3 * high) / 4, high])
@@ -52,7 +72,7 @@ def polar_coefficients(smallest: float) -> tuple[tuple[float, float, float], ...
         x = np.append(np.geomspace(low, high, 20000), points)
         y = x * (a + x * x * (b + x * x * c))
         low, high = y.min().item(), y.max().item()
-    return *found, (0.0, 2.5, -1.5), (0.0, 2.5, -1.5)
+    return found
 
 
 def polar_factor(k: Tensor, tolerance: float) -> Tensor:
@@ -67,24 +87,25 @@ def polar_factor(k: Tensor, tolerance: float) -> Tensor:
     g = x.mT @ x
     # the largest singular value is at most the fourth root of |G^2|, and at least n^(-1/8) of it
     x = x * (g @ g).norm(dim=(1, 2), keepdim=True).clamp_min(TINY).pow(-0.25)
-    smallest = tolerance / n**0.125
     if _by_kernels(k):
-        buffers = x.new_empty(len(x), 4, _padded_size(n), _padded_size(n))
-        buffers[:, 0] = _padded(x)
-        x = product_kernels.odd_polynomials(buffers, _coefficients_on(k.device, smallest))[:, :n, :n]
+        coefficients, few = _coefficients_on(k.device, tolerance / n**0.125)
+        x, defect = product_kernels.odd_polynomials(_padded(x), coefficients, few, _POLAR_DEFECT)
+        x = x[:, :n, :n]
     else:
-        for a, b, c in polar_coefficients(smallest):
+        for a, b, c in polar_coefficients(tolerance / n**0.125):
             g = x.mT @ x
             x = torch.baddbmm(x, x, torch.baddbmm(g, g, g, beta=b, alpha=c), beta=a)
+        g = x.mT @ x
+        defect = g.diagonal(dim1=1, dim2=2).sum(1) - g.norm(dim=(1, 2)).square()
     # values that are neither 1 nor 0 by now lie at or below the tolerance
-    g = x.mT @ x
-    defect = g.diagonal(dim1=1, dim2=2).sum(1) - g.norm(dim=(1, 2)).square()
     return _polar_where(~(defect <= _POLAR_DEFECT), k, tolerance, x)
 
 
 @cache
-def _coefficients_on(device: torch.device, smallest: float) -> Tensor:
-    return torch.tensor(polar_coefficients(smallest), dtype=torch.float64, device=device)
+def _coefficients_on(device: torch.device, smallest: float) -> tuple[Tensor, int]:
+    """The first coefficients, then those for all matrices; and the number of the first."""
+    few = first_coefficients()
+    return torch.tensor([*few, *polar_coefficients(smallest)], dtype=torch.float64, device=device), len(few)
 
 
 def _polar_where(needed: Tensor, k: Tensor, tolerance: float, x: Tensor) -> Tensor:

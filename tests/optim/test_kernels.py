@@ -5,6 +5,8 @@ import torch
 
 pytest.importorskip("triton", reason="the fast step is written in Triton")
 
+from lightning_rlora.geometry import gram
+from lightning_rlora.optim import product_kernels, products
 from lightning_rlora.optim.anchors import sketch
 from lightning_rlora.optim.small_kernels import cholesky, orthogonal_columns
 from lightning_rlora.optim.tall_kernels import TallPasses
@@ -120,3 +122,35 @@ def test_orthogonal_columns(shape):
     unit = y[0] / sizes[0]
     assert (unit.mT @ unit - torch.eye(shape[1], dtype=k.dtype, device=DEVICE)).abs().max() < 1e-10
     assert (y @ y.mT - k @ k.mT).abs().max() < 1e-12  # the columns were only rotated
+
+
+def test_odd_polynomials_start_again_where_the_first_few_do_not_do():
+    generator = torch.Generator().manual_seed(0)
+    n, tolerance = 32, 1e-5
+    u, v = (torch.linalg.qr(torch.randn(4, n, n, generator=generator, dtype=torch.float64)).Q for _ in range(2))
+    values = torch.logspace(0, -1, n, dtype=torch.float64).repeat(4, 1)
+    values[1, -1] = 1e-4  # needs them all
+    values[2, 5:] = 0
+    values[3, -1] = 1e-6  # neither 0 nor 1 in the end
+    k = ((u * values.unsqueeze(1)) @ v.mT).to(DEVICE)
+    few = products.first_coefficients()
+    coefficients = torch.tensor([*few, *products.polar_coefficients(tolerance)], dtype=torch.float64, device=DEVICE)
+    found, defect = product_kernels.odd_polynomials(k.contiguous(), coefficients, len(few), 1e-11)
+    wanted = gram.polar_factor(k, tolerance)
+    assert (defect <= 1e-11).tolist() == [True, True, True, False]
+    assert (found - wanted)[:3].norm(dim=(1, 2)).max() < 1e-10  # measured 4e-12
+
+
+def test_purification_finds_the_leading_space():
+    generator = torch.Generator().manual_seed(0)
+    n, rank = 32, 5
+    v = torch.linalg.qr(torch.randn(3, n, n, generator=generator, dtype=torch.float64)).Q
+    values = torch.logspace(0, -2, n, dtype=torch.float64)
+    x = ((v * values) @ v.mT).to(DEVICE)
+    buffers = torch.stack([x, torch.full_like(x, torch.nan)], 1).contiguous()
+    trace, square = x.diagonal(dim1=1, dim2=2).sum(1), x.square().sum((1, 2))
+    skip = torch.tensor([0, 1, 0], dtype=torch.int32, device=DEVICE)
+    product_kernels.purify(buffers, trace, square, skip, rank, 100, 1e-13)
+    leading = (v[:, :, :rank] @ v[:, :, :rank].mT).to(DEVICE)
+    assert (buffers[:, 0] - leading)[::2].abs().max() < 1e-10  # measured 2e-13
+    assert torch.equal(buffers[1, 0], x[1])
