@@ -136,7 +136,8 @@ class FixedRankOptimizer(Optimizer):
             What the closure returned.
 
         Raises:
-            UserError: If the gradient is not finite. Nothing has been changed then.
+            UserError: If the gradient is not finite. Nothing has been changed then. On a GPU, which is not waited for,
+                the error comes with a later step; the one with that gradient changes nothing there, either.
         """
         loss = None
         if closure is not None:
@@ -165,7 +166,7 @@ class FixedRankOptimizer(Optimizer):
 
     def _step_graphed(self) -> bool:
         """The step on a GPU without waiting for it; false, with nothing done, where that cannot be."""
-        if self._graphed is None:
+        if self._graphed is None or self._graphed.max_tangent_norm != self.max_tangent_norm:
             self._graphed = self._new_graphed()
         graphed = self._graphed
         if graphed is None:
@@ -177,9 +178,9 @@ class FixedRankOptimizer(Optimizer):
         if changed or not graphed.unchanged():
             return False
         gradients = [p.grad for group in self._adamw_groups() for p in group["params"] if p.grad is not None]
+        graphed.other_square.zero_()
         if gradients:
-            norms = torch.stack([norm.double() for norm in torch._foreach_norm(gradients)])
-            graphed.other_square.copy_(norms.square().sum())
+            graphed.other_square.copy_(torch.stack(torch._foreach_norm(gradients)).double().square().sum())
         if not graphed.step():
             return False
         scale = 1.0 if self.max_tangent_norm is None else graphed.gradient_scale
@@ -283,10 +284,10 @@ def _check_pair(a: Tensor, b: Tensor, scaling: float) -> None:
 
 def can_be_graphed(factors: list[Tensor]) -> bool:
     """Whether the fast step takes these factors: plain float32 tensors on one NVIDIA GPU of 2020 or later."""
-    if not factors or importlib.util.find_spec("triton") is None:
-        return False
-    device = factors[0].device
+    device = factors[0].device if factors else torch.device("cpu")
     if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    if importlib.util.find_spec("triton") is None:
         return False
     return all(
         type(factor) in (Tensor, nn.Parameter)

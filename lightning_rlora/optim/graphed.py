@@ -55,6 +55,9 @@ class GraphedStep:
         found_nonfinite: float32 scalar on the device: 1 after a step that was left out for a gradient that is not
             finite.
         gradient_scale: float32 scalar on the device: factor on the gradients of the last step (clipping).
+        other_square: float64 scalar on the device, for the caller to set: the squared norm of all other gradients,
+            which are clipped together with the pairs'.
+        max_tangent_norm: As given; the graph holds it.
     """
 
     def __init__(
@@ -77,7 +80,7 @@ class GraphedStep:
             len(groups), len(HYPERPARAMETERS) + 2, dtype=torch.float64, device=self._device
         )
         self._buckets = [_Bucket(bucket, groups, state, self._hyperparameters) for bucket in buckets.values()]
-        self._max_tangent_norm = max_tangent_norm
+        self.max_tangent_norm = max_tangent_norm
         self.other_square = torch.zeros((), dtype=torch.float64, device=self._device)
         self.gradient_scale = torch.ones((), device=self._device)
         self.found_nonfinite = torch.zeros((), device=self._device)
@@ -139,10 +142,10 @@ class GraphedStep:
         squares = [self.other_square]
         for bucket in self._buckets:
             bucket.begin()
-            if self._max_tangent_norm is not None or bucket.simulates_adam:
+            if self.max_tangent_norm is not None or bucket.simulates_adam:
                 squares.append(bucket.measure_gradient())
-        if self._max_tangent_norm is not None:
-            scale = (torch.stack(squares).sum().rsqrt() * self._max_tangent_norm).clamp_max(1.0)
+        if self.max_tangent_norm is not None:
+            scale = (torch.stack(squares).sum().rsqrt() * self.max_tangent_norm).clamp_max(1.0)
         finite = torch.isfinite(self.other_square)
         for bucket in self._buckets:
             finite = finite & bucket.solve(scale)
