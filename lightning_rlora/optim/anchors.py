@@ -11,25 +11,26 @@ from torch import Tensor
 MOVED = {torch.float32: 1e-4, torch.float64: 1e-9}
 """Relative change of the anchors that means a change from outside; rounding moves them by 1e-6 and 1e-15."""
 
-_SUMMED = 4
-MOST_SUMMED = 2 * _SUMMED
-"""Rows of a factor that one row of its sketch sums, at most."""
+_SUMMED, _SUMMED_OF_EMBEDDINGS, _EMBEDDING = 4, 64, 2**14
+"""About how many rows of a factor one row of its sketch sums; and of one of more rows than the last number."""
 
 
 def sketch_rows(rank: int) -> int:
-    """Rows of a sketch: enough to tell any two bases apart, and few beside a factor's."""
+    """Rows of a sketch: enough to tell two bases apart, and few beside a factor's."""
     return rank + 8
 
 
 def sketch_stride(height: int, rank: int) -> int:
     """Distance of the rows that are read of a tall matrix."""
-    return max(1, height // (_SUMMED * sketch_rows(rank)))
+    summed = _SUMMED if height <= _EMBEDDING else _SUMMED_OF_EMBEDDINGS
+    return max(1, height // (summed * sketch_rows(rank)))
 
 
 def sketch(*stacks: Tensor) -> Tensor:
     """Sums of evenly spaced rows of tall matrices, in stacks (l, rows, r) of any heights: (L, k, r).
 
-    Single rows would not do: an embedding's start from gradients is zero in the rows of all tokens not seen.
+    Single rows would not do: an embedding's start from gradients is zero in the rows of all tokens not seen. Of a very
+    large vocabulary of which hardly anything is seen, the sketch may still miss it all; a change is then not noticed.
     """
     r = stacks[0].shape[-1]
     k = sketch_rows(r)

@@ -88,7 +88,7 @@ class FixedRankOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; zero factors in it get a tiny start on the manifold, which keeps the function to rounding."""
-        self._graphed = None
+        self._drop_graphed()
         algorithm = param_group.get("algorithm", self.defaults["algorithm"])
         if algorithm not in ALGORITHMS:
             raise UserError(f"unknown algorithm {algorithm!r} of a parameter group: use one of {', '.join(ALGORITHMS)}")
@@ -109,6 +109,16 @@ class FixedRankOptimizer(Optimizer):
                     start_factors(b, a, scaling, self._generator)
         super().add_param_group(param_group)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The state as torch's optimizers give it, with what the fast step keeps in stacks in tensors of their own."""
+        packed = super().state_dict()
+        stacked = ("anchor", "norm", "step")
+        packed["state"] = {
+            index: {name: value.clone() if name in stacked else value for name, value in entry.items()}
+            for index, entry in packed["state"].items()
+        }
+        return packed
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state of an optimizer of this kind for an adapter of the same shapes.
 
@@ -119,9 +129,12 @@ class FixedRankOptimizer(Optimizer):
             raise UserError(f"this is the state of another optimizer than {type(self).__name__}")
         for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=False):
             for index, parameter in zip(saved["params"], group["params"], strict=False):
-                momentum = state_dict["state"].get(index, {}).get("momentum", parameter)
-                if momentum.shape != parameter.shape:
+                entry = state_dict["state"].get(index, {})
+                if entry.get("momentum", parameter).shape != parameter.shape:
                     raise UserError("this is the state of an optimizer for an adapter of another rank or other layers")
+                rank = entry["anchor"].shape[-1] if "anchor" in entry else 0
+                if rank and len(entry["anchor"]) != sketch_rows(rank):
+                    raise UserError("this is the state of an earlier version's optimizer, which cannot be continued")
         super().load_state_dict(state_dict)
         self._graphed = None
 
@@ -150,7 +163,6 @@ class FixedRankOptimizer(Optimizer):
 
     def _step_batched(self) -> None:
         """The step in plain torch."""
-        self._graphed = None
         pairs = self._pairs_with_gradients()
         together = batches(pairs, self.state)
         restarted = {id(pair.a) for batch in together for pair in batch.lost() if self._restarted(pair)}
@@ -166,27 +178,33 @@ class FixedRankOptimizer(Optimizer):
 
     def _step_graphed(self) -> bool:
         """The step on a GPU without waiting for it; false, with nothing done, where that cannot be."""
-        if self._graphed is None or self._graphed.max_tangent_norm != self.max_tangent_norm:
+        if self._graphed is not None:
+            same = self._graphed.max_tangent_norm == self.max_tangent_norm and self._graphed.unchanged()
+            found = self._graphed.found()
+            if found.nonfinite or found.changed or not same:
+                self._drop_graphed()
+                return False  # the plain step knows how to take up what was changed
+        else:
             self._graphed = self._new_graphed()
         graphed = self._graphed
         if graphed is None:
             return False
-        nonfinite, changed = graphed.found
-        if nonfinite:
-            self._graphed = None
-            raise UserError(f"{_NOT_FINITE} (at an earlier step, which changed nothing)")
-        if changed or not graphed.unchanged():
-            return False
         gradients = [p.grad for group in self._adamw_groups() for p in group["params"] if p.grad is not None]
         graphed.other_square.zero_()
         if gradients:
-            graphed.other_square.copy_(torch.stack(torch._foreach_norm(gradients)).double().square().sum())
-        if not graphed.step():
-            return False
+            norms = torch._foreach_norm(gradients, 2, torch.float64)
+            graphed.other_square.copy_(torch.stack(norms).square().sum())
+        graphed.step()
         scale = 1.0 if self.max_tangent_norm is None else graphed.gradient_scale
         for group in self._adamw_groups():
             adamw_step(group, self.state, scale, graphed.found_nonfinite)
         return True
+
+    def _drop_graphed(self) -> None:
+        """Ends the fast step, and hears what it has not told yet."""
+        graphed, self._graphed = self._graphed, None
+        if graphed is not None and graphed.found(all_steps=True).nonfinite:
+            raise UserError(f"{_NOT_FINITE} (at an earlier step, which changed nothing)")
 
     def _new_graphed(self) -> GraphedStep | None:
         """The fast step, if all pairs are on one GPU, in float32, and on the manifold as steps leave them."""
@@ -196,12 +214,17 @@ class FixedRankOptimizer(Optimizer):
             if group["algorithm"] != "adamw"
             for a, b in _pairs(group["params"])
         ]
-        if not can_be_graphed([factor for a, b, _ in pairs for factor in (a, b)]):
+        factors = [factor for a, b, _ in pairs for factor in (a, b)]
+        if not can_be_graphed(factors):
+            return None
+        if any(p.device != factors[0].device for group in self._adamw_groups() for p in group["params"]):
+            return None
+        for a, b, number in pairs:
+            self._init_state(self.param_groups[number], a, b)
+        if not can_be_graphed([self.state[factor]["momentum"] for factor in factors]):
             return None
         from lightning_rlora.optim.graphed import GraphedStep, PairOfGroup
 
-        for a, b, number in pairs:
-            self._init_state(self.param_groups[number], a, b)
         graphed = GraphedStep(
             [PairOfGroup(*pair) for pair in pairs], self.param_groups, self.state, self.max_tangent_norm
         )
@@ -227,12 +250,12 @@ class FixedRankOptimizer(Optimizer):
     def _init_state(self, group: dict[str, Any], a: Tensor, b: Tensor) -> None:
         for factor in (a, b):
             state = self.state[factor]
-            if not state:
+            if "momentum" not in state:
                 state["momentum"] = torch.zeros_like(factor)
                 state["anchor"] = factor.new_zeros(sketch_rows(len(a)), len(a))
-                if group["algorithm"] == "sgd" and group["simulate_adam"]:
-                    state["norm"] = factor.new_zeros(())
-                    state["step"] = torch.zeros(())
+            if group["algorithm"] == "sgd" and group["simulate_adam"] and "norm" not in state:
+                state["norm"] = factor.new_zeros(())
+                state["step"] = torch.zeros(())
 
     def _gradient_scale(self, together: list[Batch]) -> float:
         """The factor that clips the gradient of all groups together."""
@@ -283,7 +306,10 @@ def _check_pair(a: Tensor, b: Tensor, scaling: float) -> None:
 
 
 def can_be_graphed(factors: list[Tensor]) -> bool:
-    """Whether the fast step takes these factors: plain float32 tensors on one NVIDIA GPU of 2020 or later."""
+    """Whether the fast step takes these factors: plain float32 tensors on one NVIDIA GPU of 2020 or later.
+
+    Ranks above 128 would not fit the kernels.
+    """
     device = factors[0].device if factors else torch.device("cpu")
     if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
         return False
@@ -294,6 +320,7 @@ def can_be_graphed(factors: list[Tensor]) -> bool:
         and factor.device == device
         and factor.dtype == torch.float32
         and factor.is_contiguous()
+        and min(len(factor), factor[0].numel()) <= 128
         for factor in factors
     )
 

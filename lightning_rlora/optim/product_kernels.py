@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from lightning_rlora.optim.small_kernels import _jacobi, _rotate
+from lightning_rlora.optim.small_kernels import _jacobi, _rotate, warps
 
 TILE = 64
 _DEPTH = 16
@@ -193,7 +193,7 @@ def odd_polynomials(matrices: Tensor, coefficients: Tensor, few: int, limit: flo
     buffers, defects = matrices.new_empty(len(matrices), 4, n, n), matrices.new_empty(len(matrices))
     _odd_polynomials[(len(matrices),)](
         matrices, buffers, defects, coefficients, n=n, TILE=min(TILE, n), DEPTH=_DEPTH if n <= TILE else 2 * _DEPTH,
-        FEW=few, MANY=len(coefficients) - few, LIMIT=limit, num_warps=max(1, min(8, n * n // 512)), num_stages=3,
+        FEW=few, MANY=len(coefficients) - few, LIMIT=limit, num_warps=warps(n * n // 512, 8), num_stages=3,
     )  # fmt: skip
     return buffers[:, 0], defects
 

@@ -8,6 +8,11 @@ import triton.language as tl
 from torch import Tensor
 
 
+def warps(wanted: int, most: int) -> int:
+    """A number of warps that Triton takes, a power of two, near the one wanted."""
+    return 1 << max(1, min(most, wanted)).bit_length() - 1
+
+
 @triton.jit
 def _cholesky(
     matrices, roots, inverses, floors, batch_stride, row_stride, k: tl.constexpr, K: tl.constexpr,
@@ -57,7 +62,7 @@ def cholesky(n: Tensor, floor: Tensor | None = None) -> tuple[Tensor, Tensor]:
     roots, inverses = (torch.empty_like(n, memory_format=torch.contiguous_format) for _ in range(2))
     _cholesky[(len(n),)](
         n, roots, inverses, n if floor is None else floor, n.stride(0), n.stride(1),
-        k=k, K=triton.next_power_of_2(k), FLOORED=floor is not None, num_warps=max(1, min(8, k * k // 512)),
+        k=k, K=triton.next_power_of_2(k), FLOORED=floor is not None, num_warps=warps(k * k // 512, 8),
     )  # fmt: skip
     return roots, inverses
 
@@ -132,6 +137,6 @@ def orthogonal_columns(matrices: Tensor) -> Tensor:
     columns = matrices.mT.clone(memory_format=torch.contiguous_format)
     _jacobi[(batch,)](
         columns, n=n, height=p, HALF=triton.next_power_of_2(n // 2), HEIGHT=triton.next_power_of_2(p),
-        TOLERANCE=1e-7, SWEEPS=20, num_warps=max(1, min(4, n * p // 1024)),
+        TOLERANCE=1e-7, SWEEPS=20, num_warps=warps(n * p // 1024, 4),
     )  # fmt: skip
     return columns.mT

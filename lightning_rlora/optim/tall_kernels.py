@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_rlora.optim.anchors import MOST_SUMMED, sketch_rows, sketch_stride
+from lightning_rlora.optim.anchors import sketch_rows, sketch_stride
 
 
 @triton.jit
@@ -297,10 +297,7 @@ def _apply(
 
 
 @triton.jit
-def _sketch(
-    table, heights, strides, out, k: tl.constexpr, r: tl.constexpr, GROUPS: tl.constexpr, R: tl.constexpr,
-    SUMMED: tl.constexpr,
-):  # fmt: skip
+def _sketch(table, heights, strides, out, k: tl.constexpr, r: tl.constexpr, GROUPS: tl.constexpr, R: tl.constexpr):
     side = tl.program_id(0)
     height = tl.load(heights + side)
     stride = tl.load(strides + side)
@@ -311,7 +308,7 @@ def _sketch(
     row_step = tl.where(side % 2 == 0, r, 1)
     column_step = tl.where(side % 2 == 0, 1, height)
     total = tl.zeros((GROUPS, R), tl.float32)
-    for i in tl.static_range(SUMMED):
+    for i in range((height + stride * k - 1) // (stride * k)):
         rows = (i * k + group) * stride
         inside = ((group < k) & (rows < height))[:, None] & (columns < r)[None, :]
         total += tl.load(pointer + rows[:, None] * row_step + columns[None, :] * column_step, mask=inside, other=0.0)
@@ -435,6 +432,6 @@ class TallPasses:
         groups = 8
         _sketch[(self._sides, triton.cdiv(k, groups))](
             self.table, self._heights, self._strides, out,
-            k=k, r=r, GROUPS=groups, R=triton.next_power_of_2(r), SUMMED=MOST_SUMMED, num_warps=1 if r <= 32 else 4,
+            k=k, r=r, GROUPS=groups, R=triton.next_power_of_2(r), num_warps=1 if r <= 32 else 4,
         )  # fmt: skip
         return out

@@ -8,7 +8,7 @@ pytest.importorskip("triton", reason="the fast step is written in Triton")
 from lightning_rlora.geometry import gram
 from lightning_rlora.optim import product_kernels, products
 from lightning_rlora.optim.anchors import sketch
-from lightning_rlora.optim.small_kernels import cholesky, orthogonal_columns
+from lightning_rlora.optim.small_kernels import cholesky, orthogonal_columns, warps
 from lightning_rlora.optim.tall_kernels import TallPasses
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -154,3 +154,8 @@ def test_purification_finds_the_leading_space():
     leading = (v[:, :, :rank] @ v[:, :, :rank].mT).to(DEVICE)
     assert (buffers[:, 0] - leading)[::2].abs().max() < 1e-10  # measured 2e-13
     assert torch.equal(buffers[1, 0], x[1])
+
+
+def test_numbers_of_warps_are_powers_of_two():
+    for k in range(1, 257):
+        assert warps(k * k // 512, 8) in (1, 2, 4, 8)

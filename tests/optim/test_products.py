@@ -4,6 +4,9 @@ import pytest
 import torch
 
 from lightning_rlora.geometry import gram
+
+pytest.importorskip("triton", reason="the fast step is written in Triton")
+
 from lightning_rlora.optim import products
 
 TOLERANCE = 1e-5
