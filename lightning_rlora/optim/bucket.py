@@ -16,7 +16,6 @@ from lightning_rlora.optim.small_kernels import cholesky
 from lightning_rlora.optim.tall_kernels import TallPasses
 from lightning_rlora.optim.two_pass import (
     RANGE_FLOOR,
-    Core,
     Direction,
     Half,
     move,
@@ -232,7 +231,7 @@ class Bucket:
         return (self._active & ~self._unmoved).any()
 
 
-def _itself(core: Core) -> Core:
+def _itself(core: Tensor) -> Tensor:
     return core
 
 

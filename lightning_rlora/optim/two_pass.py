@@ -16,24 +16,6 @@ RANGE_FLOOR = {torch.float32: 1e-12, torch.float64: 1e-28}
 """Directions whose squared norm is at most this share of the whole momentum's are rounding of the tall factors."""
 
 
-class Core(NamedTuple):
-    """The momentum in orthonormal bases [U Qa], [V Qb] as blocks: [[u_v, u_qb], [qa_v, 0]], each (L, r, r).
-
-    Attributes:
-        qa_v: Coordinates of M_A.
-        u_v, u_qb: Coordinates of M_B.
-    """
-
-    u_v: Tensor
-    u_qb: Tensor
-    qa_v: Tensor
-
-    def dense(self) -> Tensor:
-        """The core as one matrix (L, 2r, 2r)."""
-        top = torch.cat([self.u_v, self.u_qb], -1)
-        return torch.cat([top, torch.cat([self.qa_v, torch.zeros_like(self.qa_v)], -1)], -2)
-
-
 class Half(NamedTuple):
     """One side of the new momentum at the point.
 
@@ -64,8 +46,9 @@ class Moved(NamedTuple):
     sizes: Tensor
 
 
-Direction = Callable[[Core], Core]
-"""From the momentum's core to the core of the tangent vector to step along (its (2, 2) block is zero)."""
+Direction = Callable[[Tensor], Tensor]
+"""From the momentum's core to that of the tangent vector to step along. The core of a tangent vector holds its
+coordinates in the orthonormal bases [U Qa] and [V Qb], (L, 2r, 2r); its last r x r block is zero."""
 
 Triplets = Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
 """The first r singular triplets p (L, 2r, r), sigma (L, r), q (L, 2r, r) of matrices (L, 2r, 2r), descending."""
@@ -90,20 +73,22 @@ def eigh_triplets(matrices: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
 def orthogonal_direction(tolerance: float, polar: Callable[[Tensor, float], Tensor] = polar_factor) -> Direction:
     """Riemannion's direction P_X(Ortho_r(M)): the polar factor of the core without its (2, 2) block."""
 
-    def direction(core: Core) -> Core:
-        r = core.u_v.shape[-1]
-        o = polar(core.dense(), tolerance)
-        return Core(u_v=o[:, :r, :r], u_qb=o[:, :r, r:], qa_v=o[:, r:, :r])
+    def direction(core: Tensor) -> Tensor:
+        r = core.shape[-1] // 2
+        o = polar(core, tolerance)
+        o[:, r:, r:] = 0
+        return o
 
     return direction
 
 
 def scaled_direction(norm_a: Tensor, norm_b: Tensor, eps: Tensor | float) -> Direction:
     """The momentum with its two tangent factors divided by running averages (L,) of their norms (simulated Adam)."""
-    scale_a, scale_b = (1 / (norm.double() + eps)[:, None, None] for norm in (norm_a, norm_b))
+    # M_A fills the last r rows of the core, M_B the first
+    scale = 1 / (torch.stack([norm_b, norm_a], -1).double() + torch.as_tensor(eps, device=norm_a.device).unsqueeze(-1))
 
-    def direction(core: Core) -> Core:
-        return Core(u_v=core.u_v * scale_b, u_qb=core.u_qb * scale_b, qa_v=core.qa_v * scale_a)
+    def direction(core: Tensor) -> Tensor:
+        return core * scale.repeat_interleave(core.shape[-1] // 2, -1).unsqueeze(-1)
 
     return direction
 
@@ -131,22 +116,21 @@ def move(
         min_singular_value: Floor of the new point's singular values.
         triplets: How the retraction finds its singular triplets.
     """
+    r = left.root.shape[-1]
     # the part of M_A along U drops out: the gauge U^T M_A = 0
-    core = Core(u_v=right.along.mT, u_qb=right.rest.mT, qa_v=left.rest)
-    step = direction(core)
-    point = (1 - lr * weight_decay) * scaling * left.root @ right.root.mT
-    moved = Core(u_v=point - lr * step.u_v, u_qb=-lr * step.u_qb, qa_v=-lr * step.qa_v).dense()
-    r = point.shape[-1]
+    core = left.rest.new_zeros(len(left.rest), 2 * r, 2 * r)
+    core[:, :r, :r], core[:, :r, r:], core[:, r:, :r] = right.along.mT, right.rest.mT, left.rest
+    moved = -lr * direction(core)
+    moved[:, :r, :r] += (1 - lr * weight_decay) * scaling * left.root @ right.root.mT
     p, sigma, q = triplets(moved, r)  # the best rank-r approximation: the retraction
     # signs are free: each column of U keeps its direction, so that averages of factors over steps mean something
     sign = torch.where(p.diagonal(dim1=-2, dim2=-1)[:, None] < 0, -1.0, 1.0)
     p, q = p * sign, q * sign
     sizes = (sigma.unsqueeze(-2).clamp_min(min_singular_value) / scaling).sqrt()
 
-    k = core.dense()
-    kq = k @ q
+    kq = core @ q
     return Moved(
         left=left.basis @ torch.cat([p * sizes, kq - p @ (p.mT @ kq)], 2),
-        right=right.basis @ torch.cat([q * sizes, k.mT @ p], 2),
+        right=right.basis @ torch.cat([q * sizes, core.mT @ p], 2),
         sizes=sizes.squeeze(-2),
     )
