@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,18 +13,9 @@ from torch import Tensor
 from lightning_rlora.geometry import RANK_TOLERANCE
 from lightning_rlora.geometry.gram import polar_factor, polar_factor_by_eigh
 from lightning_rlora.optim.anchors import MOVED, sketch, stands, turn
+from lightning_rlora.optim.groups import HYPERPARAMETERS, PairInGroup
 from lightning_rlora.optim.sides import Sides, advance, bases, gradient_velocity, new_velocity
 from lightning_rlora.optim.two_pass import Direction, orthogonal_direction, scaled_direction
-
-_NUMBERS = ("lr", "momentum", "weight_decay", "scaling", "min_singular_value", "eps")
-
-
-class PairInGroup(NamedTuple):
-    """A pair of factors, and the parameter group it belongs to."""
-
-    a: Tensor
-    b: Tensor
-    group: dict[str, Any]
 
 
 def batches(pairs: Iterable[PairInGroup], state: dict[Tensor, dict[str, Any]]) -> list[Batch]:
@@ -80,9 +71,7 @@ class Batch:
 
     def accelerate(self, scale: float) -> bool:
         """Forms the new momentum from the gradient times a scale; whether it is finite. Nothing is written yet."""
-        weight = scale / self._numbers["scaling"]
-        if self._algorithm == "sgd":
-            weight = weight * (1 - self._numbers["momentum"])
+        weight = scale * self._numbers["gradient_weight"] / self._numbers["scaling"]
         self._velocity = new_velocity(self._sides, self._bases, weight, self._numbers["momentum"], self._turns())
         self._scale = scale
         return bool(torch.isfinite(self._velocity.square()).all())
@@ -151,8 +140,8 @@ def _tall(stacks: list[list[Tensor]]) -> list[Tensor]:
 
 def _numbers(groups: list[dict[str, Any]], device: torch.device) -> dict[str, Tensor]:
     """Hyperparameters of every pair, each (L, 1, 1) in float64, from the pairs' groups."""
-    rows = {id(group): [*(float(group[name]) for name in _NUMBERS), group["betas"][1]] for group in groups}
+    rows = {id(group): [float(number(group)) for number in HYPERPARAMETERS.values()] for group in groups}
     places = {group: place for place, group in enumerate(rows)}
     table = torch.tensor(list(rows.values()), dtype=torch.float64)
     table = table[torch.tensor([places[id(group)] for group in groups])].to(device)
-    return dict(zip((*_NUMBERS, "beta"), table.view(len(groups), -1, 1, 1).unbind(1), strict=True))
+    return dict(zip(HYPERPARAMETERS, table.view(len(groups), -1, 1, 1).unbind(1), strict=True))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,39 +11,21 @@ from lightning_rlora.errors import UserError
 from lightning_rlora.geometry import RANK_TOLERANCE
 from lightning_rlora.optim import products, small_matrices
 from lightning_rlora.optim.anchors import MOVED, sketch_rows, stands
+from lightning_rlora.optim.groups import HYPERPARAMETERS, PairInGroup
 from lightning_rlora.optim.small_kernels import cholesky
-from lightning_rlora.optim.tall_kernels import TallPasses
+from lightning_rlora.optim.tall_passes import TallPasses
 from lightning_rlora.optim.two_pass import (
     RANGE_FLOOR,
     Direction,
     Half,
+    basis_of,
     move,
     orthogonal_direction,
     scaled_direction,
 )
 
-HYPERPARAMETERS: dict[str, Callable[[dict[str, Any]], float]] = {
-    "lr": lambda group: group["lr"],
-    "momentum": lambda group: group["momentum"],
-    "weight_decay": lambda group: group["weight_decay"],
-    "scaling": lambda group: group["scaling"],
-    "min_singular_value": lambda group: group["min_singular_value"],
-    "eps": lambda group: group["eps"],
-    "beta": lambda group: group["betas"][1],
-    "gradient_weight": lambda group: 1.0 - group["momentum"] if group["algorithm"] == "sgd" else 1.0,
-}
-"""Numbers of a group that may change from step to step."""
-
 _ORTHOGONAL = 1e-5
 """Change of a factor's Gram matrix, of unit columns, that means a change from outside; rounding makes 1e-7."""
-
-
-class PairOfGroup(NamedTuple):
-    """A pair of factors, and the place of its group among the optimizer's."""
-
-    a: Tensor
-    b: Tensor
-    group: int
 
 
 class Bucket:
@@ -52,12 +33,12 @@ class Bucket:
 
     def __init__(
         self,
-        pairs: list[PairOfGroup],
+        pairs: list[PairInGroup],
         groups: list[dict[str, Any]],
         state: dict[Tensor, dict[str, Any]],
         hyperparameters: Tensor,
     ) -> None:
-        first = groups[pairs[0].group]
+        first = pairs[0].group
         self._algorithm = first["algorithm"]
         self.simulates_adam = first["algorithm"] == "sgd" and first["simulate_adam"]
         self._rank, device = len(pairs[0].a), pairs[0].a.device
@@ -75,7 +56,8 @@ class Bucket:
         self.passes.table[2].copy_(torch.tensor(addresses[1]))
         self._addresses: list[int] = []
         self._copies: list[Tensor | None] = []
-        group_of = torch.tensor([pair.group for pair in pairs], device=device)
+        places = {id(group): place for place, group in enumerate(groups)}
+        group_of = torch.tensor([places[id(pair.group)] for pair in pairs], device=device)
         self._hyperparameters = hyperparameters, group_of
 
         k = sketch_rows(self._rank)
@@ -105,22 +87,24 @@ class Bucket:
         n = self.passes.gram(nothing, nothing[:, 0].contiguous())[:, : self._rank, : self._rank]
         self._sizes.copy_(n.diagonal(dim1=1, dim2=2).sqrt())
         fresh = self._anchors.flatten(1).norm(dim=1) == 0  # no step yet
-        sketched = self.passes.sketch() / self._sizes.unsqueeze(1).float()
-        self._anchors.copy_(torch.where(fresh[:, None, None], sketched, self._anchors))
+        self._anchors.copy_(torch.where(fresh[:, None, None], self._sketch(), self._anchors))
         return bool((self._stands(n) | ~active).all())
 
     def _stands(self, n: Tensor) -> Tensor:
         """Whether factors with these Gram matrices (sides, r, r) are where the last step left them, (sides,)."""
         cosines = n / (self._sizes.unsqueeze(1) * self._sizes.unsqueeze(2))
         cosines.diagonal(dim1=1, dim2=2).sub_(1)
-        sketched = self.passes.sketch() / self._sizes.unsqueeze(1).float()
-        turned = ~stands(sketched, self._anchors, MOVED[torch.float32])
-        return (cosines.abs().amax((1, 2)) <= _ORTHOGONAL) & ~turned
+        return (cosines.abs().amax((1, 2)) <= _ORTHOGONAL) & stands(self._sketch(), self._anchors, MOVED[torch.float32])
+
+    def _sketch(self) -> Tensor:
+        """Sketches of the factors' bases."""
+        return self.passes.sketch() / self._sizes.unsqueeze(1).float()
 
     def find_gradients(self) -> None:
         """Fills in the gradients' addresses."""
         gradients = [factor.grad for factor in self.factors]
         present = [g for g in gradients if g is not None]
+        self._copies = []
         if not all(g.is_contiguous() and g.dtype == torch.float32 for g in present):
             if any(g.dtype != torch.float32 for g in present):
                 raise UserError("gradients of float32 LoRA factors must be float32, too: leave their grad_dtype alone")
@@ -154,14 +138,17 @@ class Bucket:
         kept = momentum.expand(-1, 2, 1).flatten().float()
         return self.passes.gram(weights, kept), weights, kept
 
+    def _along(self, n: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of Gram matrices of [factor N]: the factor's root, its inverse, its basis' products with N, and |N|^2."""
+        r = self._rank
+        roots, inverses = cholesky(n[:, :r, :r])
+        return roots, inverses, inverses.mT @ n[:, :r, r:], n[:, r:, r:].diagonal(dim1=1, dim2=2).sum(-1)
+
     def measure_gradient(self) -> Tensor:
         """The squared norm of P_X(G) over all pairs; the norms of its two factors are kept for simulated Adam."""
         one = torch.ones_like(self._of_pairs("lr"))
         n, _, _ = self._gram(one, 0 * one)
-        r = self._rank
-        _, inverse = cholesky(n[:, :r, :r])
-        along = inverse.mT @ n[:, :r, r:]
-        whole = n[:, r:, r:].diagonal(dim1=1, dim2=2).sum(-1)
+        _, _, along, whole = self._along(n)
         squares = torch.stack([whole - along.square().sum((1, 2)), whole], 1).unflatten(0, (-1, 2))
         # of M_A only the part outside U counts: sides 0 of the first, sides 1 of the second
         square_a, square_b = squares[:, 0, 0].clamp_min(0), squares[:, 1, 1]
@@ -175,15 +162,11 @@ class Bucket:
         # pairs that do not step get matrices of full rank, so that nothing takes a slow way for them
         n.diagonal(dim1=1, dim2=2).add_((~self._active).repeat_interleave(2).unsqueeze(1))
         unmoved = self._stands(n[:, :r, :r])
-        roots, inverses = cholesky(n[:, :r, :r])
-        along = inverses.mT @ n[:, :r, r:]
-        whole = n[:, r:, r:].diagonal(dim1=1, dim2=2).sum(-1)
+        roots, inverses, along, whole = self._along(n)
         rest_roots, rest_inverses = cholesky(
             n[:, r:, r:] - along.mT @ along, (RANGE_FLOOR[torch.float32] * whole).contiguous()
         )
-        zero = torch.zeros_like(along)
-        beside = -inverses @ along @ rest_inverses
-        basis = torch.cat([torch.cat([inverses, beside], 2), torch.cat([zero, rest_inverses], 2)], 1)
+        basis = basis_of(inverses, along, rest_inverses)
         left, right = (Half(*(x[i::2] for x in (roots, along, rest_roots, basis))) for i in (0, 1))
         moved = move(
             left,
@@ -223,8 +206,7 @@ class Bucket:
         of_sides = steps.repeat_interleave(2)
         sizes = self._new_sizes.repeat_interleave(2, 0)
         self._sizes.copy_(torch.where(of_sides.unsqueeze(1), sizes, self._sizes))
-        anchors = self.passes.sketch() / self._sizes.unsqueeze(1).float()
-        self._anchors.copy_(torch.where(of_sides[:, None, None], anchors, self._anchors))
+        self._anchors.copy_(torch.where(of_sides[:, None, None], self._sketch(), self._anchors))
         if self.simulates_adam:
             self._norms.copy_(torch.where(of_sides, self._new_norms, self._norms))
             self._steps.add_(of_sides)

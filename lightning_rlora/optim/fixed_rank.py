@@ -14,11 +14,10 @@ from torch.optim import Optimizer
 
 from lightning_rlora.adapters.gauge import start_factors
 from lightning_rlora.errors import UserError
-from lightning_rlora.geometry import RANK_TOLERANCE
 from lightning_rlora.optim.adamw import adamw_step
 from lightning_rlora.optim.anchors import sketch_rows
-from lightning_rlora.optim.batched import Batch, PairInGroup, batches
-from lightning_rlora.optim.groups import parameter_groups
+from lightning_rlora.optim.batched import Batch, batches
+from lightning_rlora.optim.groups import PairInGroup, check_options, check_pair, parameter_groups
 
 if TYPE_CHECKING:
     from lightning_rlora.optim.graphed import GraphedStep
@@ -94,7 +93,7 @@ class FixedRankOptimizer(Optimizer):
             raise UserError(f"unknown algorithm {algorithm!r} of a parameter group: use one of {', '.join(ALGORITHMS)}")
         if algorithm == "adamw":
             param_group.setdefault("lr", self._adamw_lr)
-        _check_options(self.defaults | param_group, type(self).__name__)
+        check_options(self.defaults | param_group, type(self).__name__)
         if algorithm != "adamw":
             param_group["params"] = list(param_group["params"])
             if len(param_group["params"]) % 2:
@@ -104,7 +103,7 @@ class FixedRankOptimizer(Optimizer):
                 )
             scaling = param_group.get("scaling", 1.0)
             for a, b in _pairs(param_group["params"]):
-                _check_pair(a, b, scaling)
+                check_pair(a, b, scaling)
                 with torch.no_grad():
                     start_factors(b, a, scaling, self._generator)
         super().add_param_group(param_group)
@@ -208,46 +207,44 @@ class FixedRankOptimizer(Optimizer):
 
     def _new_graphed(self) -> GraphedStep | None:
         """The fast step, if all pairs are on one GPU, in float32, and on the manifold as steps leave them."""
-        pairs = [
-            (a, b, number)
-            for number, group in enumerate(self.param_groups)
-            if group["algorithm"] != "adamw"
-            for a, b in _pairs(group["params"])
-        ]
-        factors = [factor for a, b, _ in pairs for factor in (a, b)]
+        pairs = self._all_pairs()
+        factors = [factor for pair in pairs for factor in (pair.a, pair.b)]
         if not can_be_graphed(factors):
             return None
         if any(p.device != factors[0].device for group in self._adamw_groups() for p in group["params"]):
             return None
-        for a, b, number in pairs:
-            self._init_state(self.param_groups[number], a, b)
+        for pair in pairs:
+            self._init_state(pair)
         if not can_be_graphed([self.state[factor]["momentum"] for factor in factors]):
             return None
-        from lightning_rlora.optim.graphed import GraphedStep, PairOfGroup
+        from lightning_rlora.optim.graphed import GraphedStep
 
-        graphed = GraphedStep(
-            [PairOfGroup(*pair) for pair in pairs], self.param_groups, self.state, self.max_tangent_norm
-        )
+        graphed = GraphedStep(pairs, self.param_groups, self.state, self.max_tangent_norm)
         return graphed if graphed.ready() else None
 
     def _adamw_groups(self) -> list[dict[str, Any]]:
         return [group for group in self.param_groups if group["algorithm"] == "adamw"]
 
+    def _all_pairs(self) -> list[PairInGroup]:
+        return [
+            PairInGroup(a, b, group)
+            for group in self.param_groups
+            if group["algorithm"] != "adamw"
+            for a, b in _pairs(group["params"])
+        ]
+
     def _pairs_with_gradients(self) -> list[PairInGroup]:
-        found = []
-        for group in self.param_groups:
-            if group["algorithm"] != "adamw":
-                for a, b in _pairs(group["params"]):
-                    if a.grad is not None and b.grad is not None:
-                        self._init_state(group, a, b)
-                        found.append(PairInGroup(a, b, group))
+        found = [pair for pair in self._all_pairs() if pair.a.grad is not None and pair.b.grad is not None]
+        for pair in found:
+            self._init_state(pair)
         return found
 
     def _restarted(self, pair: PairInGroup) -> bool:
         """Whether a factor was reset to zero from outside; the pair gets its start then, and skips this step."""
         return start_factors(pair.b, pair.a, pair.group["scaling"], self._generator)
 
-    def _init_state(self, group: dict[str, Any], a: Tensor, b: Tensor) -> None:
+    def _init_state(self, pair: PairInGroup) -> None:
+        a, b, group = pair
         for factor in (a, b):
             state = self.state[factor]
             if "momentum" not in state:
@@ -274,35 +271,6 @@ class FixedRankOptimizer(Optimizer):
 
 def _pairs(params: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     return zip(params[::2], params[1::2], strict=True)
-
-
-def _check_options(options: dict[str, Any], optimizer: str) -> None:
-    for name in ("lr", "weight_decay", "momentum"):
-        if not options[name] >= 0:
-            raise UserError(f"{name} = {options[name]} of {optimizer} must not be negative")
-    if not options["min_singular_value"] > 0:
-        value = options["min_singular_value"]
-        raise UserError(f"min_singular_value = {value} of {optimizer} must be positive: points have full rank")
-    if options["momentum"] >= 1:
-        raise UserError(f"momentum = {options['momentum']} of {optimizer} must be below 1")
-
-
-def _check_pair(a: Tensor, b: Tensor, scaling: float) -> None:
-    if a.ndim < 2 or b.ndim < 2 or b[0].numel() != len(a):
-        raise UserError(
-            f"parameters of shapes {tuple(a.shape)} and {tuple(b.shape)} are no LoRA pair: give the factors as A, B, "
-            "A, B, ... with A (r, n) and B (m, r), or the group algorithm='adamw'"
-        )
-    if len(a) > min(len(b), a[0].numel()):
-        raise UserError(f"rank {len(a)} exceeds min(m, n) = {min(len(b), a[0].numel())} of a LoRA pair: lower the rank")
-    for factor in (a, b):
-        if factor.dtype not in RANK_TOLERANCE:
-            raise UserError(
-                f"LoRA factors are {factor.dtype}, too coarse for points of the manifold: keep them in float32, with "
-                "precision bf16-mixed or 16-mixed instead of bf16-true or 16-true"
-            )
-    if not scaling > 0:
-        raise UserError(f"the scaling {scaling} of a LoRA group must be positive")
 
 
 def can_be_graphed(factors: list[Tensor]) -> bool:

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_rlora.optim.bucket import HYPERPARAMETERS, Bucket, PairOfGroup, pinned
+from lightning_rlora.optim.bucket import Bucket, pinned
+from lightning_rlora.optim.groups import HYPERPARAMETERS, PairInGroup
 
 
 class Found(NamedTuple):
@@ -51,16 +52,16 @@ class GraphedStep:
 
     def __init__(
         self,
-        pairs: Iterable[PairOfGroup],
+        pairs: Iterable[PairInGroup],
         groups: list[dict[str, Any]],
         state: dict[Tensor, dict[str, Any]],
         max_tangent_norm: float | None,
     ) -> None:
         self._groups, self._state = groups, state
         self.max_tangent_norm = max_tangent_norm
-        buckets: dict[tuple[Any, ...], list[PairOfGroup]] = {}
+        buckets: dict[tuple[Any, ...], list[PairInGroup]] = {}
         for pair in pairs:
-            key = (len(pair.a), *_kind(groups[pair.group]))
+            key = (len(pair.a), *_kind(pair.group))
             buckets.setdefault(key, []).append(pair)
         self._device = next(iter(buckets.values()))[0].a.device
         with self._on_device():

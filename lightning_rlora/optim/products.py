@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_rlora.geometry import gram
-from lightning_rlora.optim import product_kernels, small_kernels
+from lightning_rlora.optim import exact_kernels, product_kernels, small_kernels
+from lightning_rlora.optim.small_matrices import TINY, nudged
 
-TINY = 1e-300
 _CUSHION = 0.02
 """Singular values above this share of the largest are never made smaller than it, or rounding would grow with them."""
 _POLAR_DEFECT = 1e-11
@@ -113,7 +113,7 @@ def _polar_where(needed: Tensor, k: Tensor, tolerance: float, x: Tensor) -> Tens
         return x.index_copy(0, needed.nonzero().squeeze(1), gram.polar_factor(k[needed], tolerance))
     padded, out = _padded(k), _padded(x)
     scratch = padded.new_empty(len(k), 2, *padded.shape[1:])
-    product_kernels.exact_polar(padded, scratch, out, needed.int(), tolerance)
+    exact_kernels.exact_polar(padded, scratch, out, needed.int(), tolerance)
     return out[:, : k.shape[1], : k.shape[1]]
 
 
@@ -210,12 +210,8 @@ def _left_vectors(x: Tensor, cosine: float) -> Tensor:
     """Left singular vectors of x (L, r, r), in no order."""
     if not _by_kernels(x):
         return torch.linalg.svd(x.nan_to_num())[0]  # what is not finite by now goes the exact way
-    r = x.shape[-1]
-    columns = product_kernels.orthogonal_columns(x, cosine)
+    columns = small_kernels.orthogonal_columns(x, cosine)
     size = columns.norm(dim=1, keepdim=True)
-    if columns.shape[-1] > r:  # a column of zeros made the number even
-        order = size.topk(r, dim=2).indices
-        columns, size = columns.gather(2, order.expand(-1, r, -1)), size.gather(2, order)
     return columns / size
 
 
@@ -249,8 +245,7 @@ def _inverse_root(n: Tensor) -> Tensor:
 def _triplets_where(
     needed: Tensor, matrices: Tensor, r: int, p: Tensor, sigma: Tensor, q: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # a multiple of the identity far below rounding gives a direction to columns that vanish
-    matrices = matrices + torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device) * 1e-20
+    matrices = nudged(matrices)
     if not _by_kernels(matrices):
         where = needed.nonzero().squeeze(1)
         u, s, vt = torch.linalg.svd(matrices[where])
@@ -259,7 +254,7 @@ def _triplets_where(
         return p, sigma, q
     padded, p, sigma, q = _padded(matrices), p.contiguous(), sigma.contiguous(), q.contiguous()
     scratch = padded.new_empty(len(padded), 2, *padded.shape[1:])
-    product_kernels.exact_triplets(padded, scratch, p, sigma, q, needed.int())
+    exact_kernels.exact_triplets(padded, scratch, p, sigma, q, needed.int())
     return p, sigma, q
 
 

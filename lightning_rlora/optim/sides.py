@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_rlora.geometry.gram import cholesky_root, range_root, root_of_range, triangle
-from lightning_rlora.optim.two_pass import RANGE_FLOOR, Direction, Half, eigh_triplets, move, svd_triplets
+from lightning_rlora.optim.two_pass import RANGE_FLOOR, Direction, Half, basis_of, eigh_triplets, move, svd_triplets
 
 
 class Sides(NamedTuple):
@@ -189,9 +189,7 @@ def advance(
     """
     r = at.root.shape[-1]
     root, inverse = velocity.rest_root(RANGE_FLOOR[sides.factors[0].dtype] * velocity.square())
-    # [basis of the point, orthonormal basis of N's part outside it] as combinations of [F N]
-    beside = -at.inverse @ velocity.along @ inverse
-    basis = torch.cat([torch.cat([at.inverse, beside], 2), torch.cat([torch.zeros_like(beside), inverse], 2)], 1)
+    basis = basis_of(at.inverse, velocity.along, inverse)
     left, right = (
         Half(*parts) for parts in zip(*(x.chunk(2) for x in (at.root, velocity.along, root, basis)), strict=True)
     )

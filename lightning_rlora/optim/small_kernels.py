@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def warps(wanted: int, most: int) -> int:
@@ -128,15 +128,24 @@ def _jacobi(
     tl.store(pointers + height, q, mask=inside)
 
 
-def orthogonal_columns(matrices: Tensor) -> Tensor:
-    """K W (L, p, n) with orthogonal columns for some orthogonal W, of matrices K (L, p, n) with n even.
+def orthogonal_columns(matrices: Tensor, cosine: float = 1e-7) -> Tensor:
+    """K W (L, p, n) with orthogonal columns for some orthogonal W, of matrices K (L, p, n), float32 or float64.
 
     The columns are the left singular vectors times the singular values, in no order.
+
+    Args:
+        matrices: K, at most 128 x 128.
+        cosine: Done after a sweep that met no larger one; see `_jacobi` for what is left then.
     """
     batch, p, n = matrices.shape
-    columns = matrices.mT.clone(memory_format=torch.contiguous_format)
+    columns = nn.functional.pad(matrices.mT, (0, 0, 0, n % 2)).clone(memory_format=torch.contiguous_format)
+    even = columns.shape[1]
     _jacobi[(batch,)](
-        columns, n=n, height=p, HALF=triton.next_power_of_2(n // 2), HEIGHT=triton.next_power_of_2(p),
-        TOLERANCE=1e-7, SWEEPS=20, num_warps=warps(n * p // 1024, 4),
+        columns, n=even, height=p, HALF=triton.next_power_of_2(even // 2), HEIGHT=triton.next_power_of_2(p),
+        TOLERANCE=cosine, SWEEPS=20, num_warps=warps(even * p * columns.element_size() // 8192, 16),
     )  # fmt: skip
-    return columns.mT
+    turned = columns.mT
+    if even > n:  # the column of zeros that made their number even may be anywhere
+        kept = turned.norm(dim=1, keepdim=True).topk(n, dim=2).indices
+        turned = turned.gather(2, kept.expand(-1, p, -1))
+    return turned

@@ -28,10 +28,14 @@ def polar_factor(k: Tensor, tolerance: float) -> Tensor:
 
 def leading_triplets(matrices: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     """`lightning_rlora.optim.two_pass.Triplets` by one-sided Jacobi rotations."""
-    # a multiple of the identity far below rounding gives a direction to columns that vanish
-    nudge = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device) * 1e-20
-    turned = orthogonal_columns(matrices + nudge)
+    matrices = nudged(matrices)
+    turned = orthogonal_columns(matrices)
     sigma, order = turned.norm(dim=1).topk(r, dim=1)
     p = turned.gather(2, order.unsqueeze(1).expand(-1, turned.shape[1], -1)) / sigma.clamp_min(TINY).unsqueeze(1)
-    q = (matrices + nudge).mT @ p
+    q = matrices.mT @ p
     return p, sigma, q / q.norm(dim=1, keepdim=True)
+
+
+def nudged(matrices: Tensor) -> Tensor:
+    """Plus a multiple of the identity, far below rounding, that gives a direction to columns that vanish."""
+    return matrices + torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device) * 1e-20

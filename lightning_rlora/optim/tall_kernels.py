@@ -8,14 +8,8 @@ fixed order: two runs give the same bits.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from lightning_rlora.optim.anchors import sketch_rows, sketch_stride
 
 
 @triton.jit
@@ -144,6 +138,21 @@ def _gram_of_tiles(
 
 
 @triton.jit
+def _gram_of_kind(
+    f, g, m, w, share, low, high, height, i, j, x, y,
+    r: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, PER_MATRIX: tl.constexpr, IS_A: tl.constexpr,
+):  # fmt: skip
+    """Tiles x <= y of [B N]: both of B, one of each, or both of N."""
+    if y < PER_MATRIX:
+        total = _gram_of_tiles(f, g, m, w, share, low, high, height, i, j, r, TILE, BLOCK, IS_A, False, False)
+    elif x < PER_MATRIX:
+        total = _gram_of_tiles(f, g, m, w, share, low, high, height, i, j, r, TILE, BLOCK, IS_A, False, True)
+    else:
+        total = _gram_of_tiles(f, g, m, w, share, low, high, height, i, j, r, TILE, BLOCK, IS_A, True, True)
+    return total
+
+
+@triton.jit
 def _gram_many_tiles(
     table, sides, weights, kept, heights, item_side, item_low, x_tile, y_tile, out, chunk,
     r: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, PAIRS: tl.constexpr, ALIGNED: tl.constexpr,
@@ -171,19 +180,9 @@ def _gram_many_tiles(
     w = weights + side * r
     share = tl.load(kept + side)
     if side % 2 == 0:
-        if y < PER_MATRIX:
-            total = _gram_of_tiles(f, g, m, w, share, low, high, height, i, j, r, TILE, BLOCK, False, False, False)
-        elif x < PER_MATRIX:
-            total = _gram_of_tiles(f, g, m, w, share, low, high, height, i, j, r, TILE, BLOCK, False, False, True)
-        else:
-            total = _gram_of_tiles(f, g, m, w, share, low, high, height, i, j, r, TILE, BLOCK, False, True, True)
+        total = _gram_of_kind(f, g, m, w, share, low, high, height, i, j, x, y, r, TILE, BLOCK, PER_MATRIX, False)
     else:
-        if y < PER_MATRIX:
-            total = _gram_of_tiles(f, g, m, w, share, low, high, height, i, j, r, TILE, BLOCK, True, False, False)
-        elif x < PER_MATRIX:
-            total = _gram_of_tiles(f, g, m, w, share, low, high, height, i, j, r, TILE, BLOCK, True, False, True)
-        else:
-            total = _gram_of_tiles(f, g, m, w, share, low, high, height, i, j, r, TILE, BLOCK, True, True, True)
+        total = _gram_of_kind(f, g, m, w, share, low, high, height, i, j, x, y, r, TILE, BLOCK, PER_MATRIX, True)
     out += (item.to(tl.int64) * PAIRS + pair) * TILE * TILE
     tl.store(out + entry[:, None] * TILE + entry[None, :], total)
 
@@ -314,124 +313,3 @@ def _sketch(table, heights, strides, out, k: tl.constexpr, r: tl.constexpr, GROU
         total += tl.load(pointer + rows[:, None] * row_step + columns[None, :] * column_step, mask=inside, other=0.0)
     inside = (group < k)[:, None] & (columns < r)[None, :]
     tl.store(out + side.to(tl.int64) * k * r + group[:, None] * r + columns[None, :], total, mask=inside)
-
-
-class _Items(NamedTuple):
-    """The work of a pass in chunks of rows: side and first row of each chunk, and where each side's chunks start."""
-
-    side: Tensor
-    low: Tensor
-    start: Tensor
-    chunk: int
-
-    @classmethod
-    def of(cls, heights: list[int], chunk: int, device: torch.device) -> _Items:
-        chunks = [(side, low) for side, height in enumerate(heights) for low in range(0, height, chunk)]
-        side, low = torch.tensor(chunks, dtype=torch.int32, device=device).T.contiguous()
-        counts = [len(range(0, height, chunk)) for height in heights]
-        return cls(side, low, torch.tensor([0, *counts], device=device).cumsum(0, dtype=torch.int32), chunk)
-
-
-class _Plan(NamedTuple):
-    """How the passes are cut for a rank: the fastest of those tried on an H200."""
-
-    gram_tile: int
-    gram_chunk: int
-    gram: dict[str, Any]
-    apply: dict[str, Any]
-
-    @classmethod
-    def of(cls, rank: int) -> _Plan:
-        tile = max(16, triton.next_power_of_2(rank))
-        if tile == 16:
-            gram = {"BLOCK": 64, "num_warps": 1, "num_stages": 2}
-            return cls(
-                16, 1024, gram, {"BLOCK": 64, "DEPTH": 16, "PRECISION": "tf32x3", "num_warps": 2, "num_stages": 2}
-            )
-        if tile == 32:
-            gram = {"BLOCK": 32, "num_warps": 2, "num_stages": 3}
-            return cls(32, 1024, gram, {"BLOCK": 64, "DEPTH": 32, "PRECISION": "float64", "num_warps": 4})
-        gram = {"BLOCK": 16, "num_warps": 4, "num_stages": 3}
-        if tile == 64:
-            apply = {"BLOCK": 32, "DEPTH": 64, "PRECISION": "float64", "num_warps": 4, "num_stages": 2}
-        else:
-            apply = {"BLOCK": 32, "DEPTH": 32, "PRECISION": "float64", "num_warps": 8, "num_stages": 2}
-        return cls(64, 4096, gram, apply)
-
-
-class TallPasses:
-    """The passes of a step over all pairs of one rank on one device, whatever their shapes.
-
-    Args:
-        heights: Rows of each side, m of pair 0, n of pair 0, m of pair 1, ...
-        rank: r.
-        device: Of the factors.
-        aligned: Whether every address will be a multiple of 16 bytes and every height is one of 16.
-
-    Attributes:
-        table: Addresses, int64 (3, sides): of factors, of their gradients (zero where there is none) and of momenta.
-            To be filled by the caller.
-        aligned: As given; may be changed between passes.
-    """
-
-    def __init__(self, heights: list[int], rank: int, device: torch.device, *, aligned: bool) -> None:
-        self._rank, self.aligned = rank, aligned
-        self._plan = _Plan.of(rank)
-        self._sides = len(heights)
-        self.table = torch.zeros(3, len(heights), dtype=torch.int64, device=device)
-        self._heights = torch.tensor(heights, dtype=torch.int32, device=device)
-        self._gram_items = _Items.of(heights, self._plan.gram_chunk, device)
-        self._apply_items = _Items.of(heights, 1024, device)
-        self._sketch_rows = sketch_rows(rank)
-        self._strides = torch.tensor([sketch_stride(height, rank) for height in heights], dtype=torch.int32).to(device)
-        count = 2 * -(-rank // self._plan.gram_tile)
-        tiles = [(x, y) for x in range(count) for y in range(x, count)]
-        self._x_tile, self._y_tile = torch.tensor(tiles, dtype=torch.int32).T.contiguous().to(device)
-
-    def gram(self, weights: Tensor, kept: Tensor) -> Tensor:
-        """The Gram matrices (sides, 2r, 2r) of [B N], N = gradient diag(weights) + kept momentum, float64.
-
-        Args:
-            weights: float32 (sides, r).
-            kept: float32 (sides,).
-        """
-        r, tile, work, pairs = self._rank, self._plan.gram_tile, self._gram_items, len(self._x_tile)
-        partial = weights.new_empty(len(work.side), pairs, tile, tile, dtype=torch.float64)
-        out = weights.new_empty(self._sides, 2 * r, 2 * r, dtype=torch.float64)
-        common = (self.table, self._sides, weights, kept, self._heights, work.side, work.low)
-        options = {"r": r, "TILE": tile, "ALIGNED": self.aligned} | self._plan.gram
-        if r <= tile <= 32:
-            _gram_one_tile[(len(work.side),)](*common, partial, work.chunk, **options)
-        else:
-            grid = (len(work.side) * pairs,)
-            _gram_many_tiles[grid](*common, self._x_tile, self._y_tile, partial, work.chunk, PAIRS=pairs, **options)
-        _gram_sum[(self._sides * pairs,)](
-            partial, work.start, self.table, self._sides, self._x_tile, self._y_tile, out, r=r, TILE=tile, PAIRS=pairs
-        )
-        return out
-
-    def apply(self, weights: Tensor, kept: Tensor, t: Tensor, skip: Tensor) -> None:
-        """[B M] <- [B + change, M'] with [change, M'] = [B N] T, in place, N as in `gram`.
-
-        Args:
-            weights: float32 (sides, r).
-            kept: float32 (sides,).
-            t: float32 (sides, 2r, 2r).
-            skip: int32 (pairs,); pairs with anything but zero are left alone.
-        """
-        r, work = self._rank, self._apply_items
-        _apply[(len(work.side),)](
-            self.table, self._sides, weights, kept, self._heights, work.side, work.low, t, skip, work.chunk,
-            r=r, TILE=max(16, triton.next_power_of_2(r)), ALIGNED=self.aligned, **self._plan.apply,
-        )  # fmt: skip
-
-    def sketch(self) -> Tensor:
-        """`lightning_rlora.optim.anchors.sketch` of every factor, (sides, k, r)."""
-        k, r = self._sketch_rows, self._rank
-        out = torch.empty(self._sides, k, r, device=self.table.device)
-        groups = 8
-        _sketch[(self._sides, triton.cdiv(k, groups))](
-            self.table, self._heights, self._strides, out,
-            k=k, r=r, GROUPS=groups, R=triton.next_power_of_2(r), num_warps=1 if r <= 32 else 4,
-        )  # fmt: skip
-        return out

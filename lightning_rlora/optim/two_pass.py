@@ -32,6 +32,18 @@ class Half(NamedTuple):
     basis: Tensor
 
 
+def basis_of(inverse: Tensor, along: Tensor, rest_inverse: Tensor) -> Tensor:
+    """[basis of the point, orthonormal basis of N's part outside it] as combinations of [F N], (L, 2r, 2r).
+
+    Args:
+        inverse: R^-1 of the factor F's root, (L, r, r); so F R^-1 is the basis of the point.
+        along: That basis' products with the momentum N.
+        rest_inverse: T such that N's part outside the basis, times T, is orthonormal.
+    """
+    beside = -inverse @ along @ rest_inverse
+    return torch.cat([torch.cat([inverse, beside], 2), torch.cat([torch.zeros_like(beside), rest_inverse], 2)], 1)
+
+
 class Moved(NamedTuple):
     """The new point and the momentum there, as combinations of the tall matrices.
 

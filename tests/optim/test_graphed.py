@@ -11,7 +11,8 @@ from lightning_rlora.optim import RiemannianSGD, Riemannion, fixed_rank
 
 pytest.importorskip("triton", reason="the fast step is written in Triton")
 
-from lightning_rlora.optim.graphed import GraphedStep, PairOfGroup
+from lightning_rlora.optim.graphed import GraphedStep
+from lightning_rlora.optim.groups import PairInGroup
 
 GPU = torch.cuda.is_available()
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a CUDA device")]
@@ -27,8 +28,8 @@ OPTIMIZERS = [
 def graphed(optimizer) -> GraphedStep:
     """The fast step of an optimizer that has made a step, on whatever device."""
     pairs = [
-        PairOfGroup(a, b, number)
-        for number, group in enumerate(optimizer.param_groups)
+        PairInGroup(a, b, group)
+        for group in optimizer.param_groups
         for a, b in zip(group["params"][::2], group["params"][1::2], strict=True)
     ]
     step = GraphedStep(pairs, optimizer.param_groups, optimizer.state, optimizer.max_tangent_norm)
