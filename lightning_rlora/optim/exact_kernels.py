@@ -24,9 +24,9 @@ def _orthogonalise(
     SWEEPS: tl.constexpr, COSINE: tl.constexpr,
 ):  # fmt: skip
     """One-sided Jacobi on the columns, stored as rows: in round t of a tournament column t + i meets column t - i."""
-    for i in range(n // TILE):
-        for j in range(n // TILE):
-            tl.store(columns + _entries(j, i, n, TILE), tl.trans(tl.load(matrices + _entries(i, j, n, TILE))))
+    for x in range(n // TILE):
+        for y in range(n // TILE):
+            tl.store(columns + _entries(y, x, n, TILE), tl.trans(tl.load(matrices + _entries(x, y, n, TILE))))
     tl.debug_barrier()
     row = tl.arange(0, HEIGHT)
     cosine = 1.0
