@@ -25,7 +25,10 @@ from lightning_rlora.optim.two_pass import (
 )
 
 _ORTHOGONAL = 1e-5
-"""Change of a factor's Gram matrix, of unit columns, that means a change from outside; rounding makes 1e-7."""
+"""Cosine of two columns up to which factors count as balanced; rounding makes 1e-7."""
+_NEARLY_ORTHOGONAL = 1e-2
+"""The same for factors as a step left them: a direction that hardly exists in the momentum takes rounding along, and
+what is amiss is gone with the next step. Larger cosines mean a change from outside that the sketch has missed."""
 
 
 class Bucket:
@@ -88,13 +91,13 @@ class Bucket:
         self._sizes.copy_(n.diagonal(dim1=1, dim2=2).sqrt())
         fresh = self._anchors.flatten(1).norm(dim=1) == 0  # no step yet
         self._anchors.copy_(torch.where(fresh[:, None, None], self._sketch(), self._anchors))
-        return bool((self._stands(n) | ~active).all())
+        return bool((self._stands(n, _ORTHOGONAL) | ~active).all())
 
-    def _stands(self, n: Tensor) -> Tensor:
+    def _stands(self, n: Tensor, orthogonal: float) -> Tensor:
         """Whether factors with these Gram matrices (sides, r, r) are where the last step left them, (sides,)."""
         cosines = n / (self._sizes.unsqueeze(1) * self._sizes.unsqueeze(2))
         cosines.diagonal(dim1=1, dim2=2).sub_(1)
-        return (cosines.abs().amax((1, 2)) <= _ORTHOGONAL) & stands(self._sketch(), self._anchors, MOVED[torch.float32])
+        return (cosines.abs().amax((1, 2)) <= orthogonal) & stands(self._sketch(), self._anchors, MOVED[torch.float32])
 
     def _sketch(self) -> Tensor:
         """Sketches of the factors' bases."""
@@ -161,7 +164,7 @@ class Bucket:
         n, self._weights, self._kept = self._gram(scale * self._of_pairs("gradient_weight"), self._of_pairs("momentum"))
         # pairs that do not step get matrices of full rank, so that nothing takes a slow way for them
         n.diagonal(dim1=1, dim2=2).add_((~self._active).repeat_interleave(2).unsqueeze(1))
-        unmoved = self._stands(n[:, :r, :r])
+        unmoved = self._stands(n[:, :r, :r], _NEARLY_ORTHOGONAL)
         roots, inverses, along, whole = self._along(n)
         rest_roots, rest_inverses = cholesky(
             n[:, r:, r:] - along.mT @ along, (RANGE_FLOOR[torch.float32] * whole).contiguous()

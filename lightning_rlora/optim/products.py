@@ -226,20 +226,8 @@ def _polished(y: Tensor) -> Tensor:
 
 
 def _inverse_root(n: Tensor) -> Tensor:
-    """T with T^T N T = 1, upper triangular; in blocks that the kernel takes."""
-    k = n.shape[-1]
-    if not _by_kernels(n):
-        return gram.cholesky_root(n)[1]
-    if k <= 64:
-        return small_kernels.cholesky(n)[1]
-    h = k // 2
-    first = _inverse_root(n[:, :h, :h])
-    beside = first.mT @ n[:, :h, h:]
-    last = _inverse_root(n[:, h:, h:] - beside.mT @ beside)
-    out = torch.zeros_like(n)
-    out[:, :h, :h], out[:, h:, h:] = first, last
-    out[:, :h, h:] = -(first @ beside) @ last
-    return out
+    """T with T^T N T = 1, upper triangular."""
+    return (small_kernels.cholesky if _by_kernels(n) else gram.cholesky_root)(n)[1]
 
 
 def _triplets_where(

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+_LARGEST_ROOT = 32
+
 
 def warps(wanted: int, most: int) -> int:
     """A number of warps that Triton takes, a power of two, near the one wanted."""
@@ -31,21 +33,28 @@ def _cholesky(
         floor = 0.0
         scale = tl.where(i < k, 1 / tl.sqrt(size), 1.0)
         n = n * scale[:, None] * scale[None, :]
-    identity = tl.where(diagonal, 1.0, 0.0).to(tl.float64)
+    ahead = i < k
     lower = tl.zeros((K, K), tl.float64)
-    inverse = identity  # of lower, by the same row operations
-    for j in range(k):
+    inverse = tl.where(diagonal, 1.0, 0.0).to(tl.float64)  # of lower, by the same row operations
+    for step in range(k):
+        if FLOORED:
+            # the largest that is left: with the columns in their own order, ill-conditioned ones could come first
+            j = tl.argmax(tl.where(ahead, size, -1.0), 0)
+        else:
+            j = step
         column = tl.sum(tl.where(i[None, :] == j, n, 0.0), 1)
         pivot = tl.sum(tl.where(i == j, column, 0.0), 0)
         kept = pivot > floor
         reciprocal = tl.where(kept, 1 / tl.sqrt(tl.where(kept, pivot, 1.0)), 0.0)
-        column = tl.where(i >= j, column * reciprocal, 0.0)
+        column = tl.where(ahead, column * reciprocal, 0.0)
+        ahead = ahead & (i != j)
         n -= column[:, None] * column[None, :]
+        size -= column * column
         lower = tl.where(i[None, :] == j, column[:, None], lower)
         row = tl.sum(tl.where(i[:, None] == j, inverse, 0.0), 0) * reciprocal
-        below = tl.where(i > j, column, 0.0)
+        below = tl.where(ahead, column, 0.0)
         inverse = tl.where(i[:, None] == j, row[None, :], inverse - below[:, None] * row[None, :])
-    # N = L L^T: the upper root is L^T, with the scaling undone, and its inverse L^-T
+    # N = L L^T: the root is L^T, with the scaling undone, and its inverse L^-T
     out = item * k * k + i[:, None] * k + i[None, :]
     tl.store(roots + out, tl.trans(lower) / scale[None, :], mask=inside)
     tl.store(inverses + out, tl.trans(inverse) * scale[:, None], mask=inside)
@@ -54,17 +63,33 @@ def _cholesky(
 def cholesky(n: Tensor, floor: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Upper R with R^T R = N and R^-1, float64 (L, k, k), of positive definite N; or of semidefinite N with a floor.
 
-    With `floor` (L,), a column whose part outside the columns before it has a squared norm of at most that counts as
-    their combination: its row of R and its column of the inverse T are zero, and T^T N T = 1 on the others. Without, N
-    is scaled to unit diagonal first.
+    With `floor` (L,), columns are taken by the size of what is outside those taken before, so R is a triangle with its
+    columns permuted. One whose part has a squared norm of at most the floor counts as a combination of the others: its
+    row of R and its column of the inverse T are zero, and T^T N T = 1 on the rest. Without, N is scaled to a unit
+    diagonal first.
     """
     k = n.shape[-1]
+    if k > _LARGEST_ROOT:
+        return _cholesky_in_blocks(n, floor)
     roots, inverses = (torch.empty_like(n, memory_format=torch.contiguous_format) for _ in range(2))
     _cholesky[(len(n),)](
         n, roots, inverses, n if floor is None else floor, n.stride(0), n.stride(1),
         k=k, K=triton.next_power_of_2(k), FLOORED=floor is not None, num_warps=warps(k * k // 512, 8),
     )  # fmt: skip
     return roots, inverses
+
+
+def _cholesky_in_blocks(n: Tensor, floor: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The same in halves: registers hold only a small matrix well, and products are quick."""
+    h = n.shape[-1] // 2
+    first, first_inverse = cholesky(n[:, :h, :h], floor)
+    beside = first_inverse.mT @ n[:, :h, h:]
+    last, last_inverse = cholesky(torch.baddbmm(n[:, h:, h:], beside.mT, beside, alpha=-1), floor)
+    root, inverse = n.new_zeros(2, *n.shape).unbind()
+    root[:, :h, :h], root[:, :h, h:], root[:, h:, h:] = first, beside, last
+    inverse[:, :h, :h], inverse[:, h:, h:] = first_inverse, last_inverse
+    inverse[:, :h, h:] = -(first_inverse @ beside) @ last_inverse
+    return root, inverse
 
 
 @triton.jit

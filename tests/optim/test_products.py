@@ -68,7 +68,7 @@ def test_polar_factor(n, device, monkeypatch):
     error = (products.polar_factor(k.to(device), TOLERANCE).cpu() - wanted).norm(dim=(1, 2))
     print(f"\n{n}: {', '.join(f'{x:.1e}' for x in error.tolist())}")
     assert seen[0].tolist() == [False] * 6 + [True]
-    assert error.max() < 1e-10  # measured 3e-12
+    assert error.max() < 1e-9  # measured 3e-12, and 1.3e-10 by the rotations of a GPU
 
 
 def cores(n, seed=0):
@@ -95,7 +95,8 @@ def assert_leading(p, sigma, q, c, r, allowed):
     print(f"\n{c.shape[-1]}: product {error.max():.1e}, sigma {((sigma - s[:, :r]) / s[:, :r]).abs().max():.1e}")
     assert (sigma.diff(dim=1) <= 0).all()
     print(f"orthogonal to {(p.mT @ p - one).abs().max():.1e}, {(q.mT @ q - one).abs().max():.1e}")
-    assert (p.mT @ p - one).abs().max() < 1e-6 and (q.mT @ q - one).abs().max() < 1e-12  # measured 2e-9, 3e-15
+    # measured 2e-9, and 7e-6 by the rotations of a GPU, which let close singular values be; 7e-14
+    assert (p.mT @ p - one).abs().max() < products._COSINE and (q.mT @ q - one).abs().max() < 1e-12
     assert ((sigma - s[:, :r]).abs() <= 1e-11 * s[:, :r] + 3e-14 * s[:, :1]).all()  # measured 4e-13 and 4e-15
     assert error.max() < allowed
 
