@@ -92,6 +92,10 @@ class ReasoningData(TextData):
         self._need("test")
         return [self._test_loader(name) for name in self.tasks["test"]]
 
+    def predict_dataloader(self) -> DataLoader:
+        """Refuses: a test answers the questions."""
+        raise UserError("there is nothing to predict here: a test answers the questions and keeps the replies")
+
     def _test_loader(self, name: str) -> DataLoader:
         questions = list(self._questions("test", name))
         prompts = self._prompts(name, map(_record, questions))

@@ -120,16 +120,17 @@ def _school_exam(stem: str) -> Callable[[Record, int], Question]:
     return read
 
 
+_SOLVE = "Solve the problem step by step and end with the answer."  # the same, to train on one and test on the other
+
+
 def _gsm8k(record: Record, number: int) -> Question:
     solution = re.sub(r"<<.*?>>", "", _text(record, "answer", number))  # marks for a calculator, which a model has not
-    system = 'Solve the problem step by step. End with a line of "#### " and the answer as a number.'
-    return Question(system, _text(record, "question", number), solution, (), extract_number(solution))
+    return Question(_SOLVE, _text(record, "question", number), solution, (), extract_number(solution))
 
 
 def _metamath(record: Record, number: int) -> Question:
     solution = _text(record, "response", number)
-    system = 'Solve the problem step by step. End with "The answer is: " and the answer.'
-    return Question(system, _text(record, "query", number), solution, (), extract_number(solution))
+    return Question(_SOLVE, _text(record, "query", number), solution, (), extract_number(solution))
 
 
 TASKS = {

@@ -193,6 +193,8 @@ def test_wrong_data(write, tokenizer):
     fails("no such file or folder", test={"piqa": "./none.jsonl"})
     fails("piqa: there are no records", test={"piqa": write("empty.jsonl", "")})
     fails("train: the data set is empty", train={"piqa": write("none.jsonl", "")}, validation_fraction=0)
+    with pytest.raises(UserError, match="a test answers the questions"):
+        ReasoningData(tokenizer=tokenizer).predict_dataloader()
     mixed = write("mixed.jsonl", [RECORDS["piqa"], RECORDS["boolq"]])
     fails("piqa: record 2 has no field 'sol1': its fields are question, passage, answer", test={"piqa": mixed})
     words = write("words.jsonl", [RECORDS["metamath"] | {"response": "The answer is: x"}])

@@ -64,13 +64,13 @@ EXPECTED = {
         "Answer2",
     ),
     "gsm8k": (
-        'Solve the problem step by step. End with a line of "#### " and the answer as a number.',
+        "Solve the problem step by step and end with the answer.",
         "How many legs have two spiders?",
         "2 times 8 is 16.\n#### 16",
         "16",
     ),
     "metamath": (
-        'Solve the problem step by step. End with "The answer is: " and the answer.',
+        "Solve the problem step by step and end with the answer.",
         "What is half of 9?",
         "Half of 9 is 4.5.\nThe answer is: 4.5",
         "4.5",
