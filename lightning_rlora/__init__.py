@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_rlora.adapters import export_adapter, find_pairs, merge_adapter, track_offsets
     from lightning_rlora.callbacks import AdapterOnlyCheckpoint, LocallyOptimalInit, Retraction, SpectrumMonitor
-    from lightning_rlora.data import TextData
+    from lightning_rlora.data import ReasoningData, TextData
     from lightning_rlora.errors import UserError
     from lightning_rlora.init import locally_optimal_init
     from lightning_rlora.modules import CausalLM
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "adapters": ("export_adapter", "find_pairs", "merge_adapter", "track_offsets"),
     "callbacks": ("AdapterOnlyCheckpoint", "LocallyOptimalInit", "Retraction", "SpectrumMonitor"),
-    "data": ("TextData",),
+    "data": ("ReasoningData", "TextData"),
     "errors": ("UserError",),
     "init": ("locally_optimal_init",),
     "modules": ("CausalLM",),
@@ -31,6 +31,7 @@ __all__ = [
     "AdapterOnlyCheckpoint",
     "CausalLM",
     "LocallyOptimalInit",
+    "ReasoningData",
     "Retraction",
     "RiemannianSGD",
     "Riemannion",

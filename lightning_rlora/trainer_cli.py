@@ -14,6 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning_rlora import callbacks, data, modules, optim  # noqa: F401  - so that configs may use short class names
 from lightning_rlora.callbacks import AdapterExport, RunRecord, SpectrumMonitor
 from lightning_rlora.callbacks.atomic_checkpoint_io import AtomicCheckpointIO
+from lightning_rlora.callbacks.run_folder import write_atomically
 from lightning_rlora.errors import UserError
 
 
@@ -120,12 +121,24 @@ class RloraCLI(LightningCLI):
     def predict(self, **kwargs: Any) -> None:
         """Write the predictions as JSON lines."""
         batches = self.trainer.predict(**kwargs) or []
-        path = Path(self.trainer.default_root_dir) / "predictions.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        records = [record for batch in batches for record in batch]
-        partial = path.with_suffix(".partial")
-        partial.write_text(
-            "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8"
-        )
-        partial.replace(path)
-        print(f"{len(records)} predictions written to {path}")
+        self._write("predictions", [record for batch in batches for record in batch])
+
+    def test(self, verbose: bool = True, **kwargs: Any) -> None:
+        """Test, and write the answers as JSON lines if the data asked questions.
+
+        Every metric has one line; Lightning's table has a column for the loader of each task.
+        """
+        self.trainer.test(verbose=False, **kwargs)
+        if not self.trainer.is_global_zero:
+            return
+        if verbose:
+            for name, value in self.trainer.callback_metrics.items():
+                print(f"{name:<28} {value:.4f}")
+        if answers := getattr(self.model, "answers", None):
+            self._write("answers", answers)
+
+    def _write(self, name: str, records: list[dict[str, Any]]) -> None:
+        path = Path(self.trainer.default_root_dir) / f"{name}.jsonl"
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        write_atomically(path, lines.encode())
+        print(f"{len(records)} {name} written to {path}")

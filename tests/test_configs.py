@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from task_records import RECORDS
 
 import lightning_rlora.trainer_cli  # noqa: F401  - its loggers must not take hold of one test's captured stream
 from lightning_rlora.cli import main
@@ -19,6 +20,11 @@ def test_there_are_configurations():
         "riemannlora_sgd",
         "riemannlora_adam",
         "lora_adamw",
+        "commonsense_riemannion",
+        "commonsense_lora_adamw",
+        "commonsense_dora",
+        "gsm8k_riemannion",
+        "metamath_riemannion",
     }
 
 
@@ -39,11 +45,21 @@ def test_it_parses_and_can_be_overridden(path, capsys):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_it_runs_with_tiny_stand_ins(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    record = {"question": "How many legs have two spiders?", "answer": "Two times eight is sixteen.\n#### 16"}
-    Path("data.jsonl").write_text((json.dumps(record) + "\n") * 40)
     options = ["--trainer.fast_dev_run", "2", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
-    if "embedded:" not in path.read_text():
-        options += ["--model.base", "embedded:tiny-lm", "--data.train", "data.jsonl", "--data.max_length", "48"]
-        options += ["--data.test", "null"]
+    config = path.read_text()
+    if "embedded:" not in config:
+        options += ["--model.base", "embedded:tiny-lm", *stand_ins(yaml.safe_load(config)["data"])]
     main(["fit", "--config", str(path), *options])
     assert not Path("runs").exists() or not list(Path("runs").rglob("adapter"))
+
+
+def stand_ins(data):
+    """Options that put small files in the place of a configuration's data."""
+    sets = {name: f"{name}.jsonl" for name in RECORDS}
+    for name, file in sets.items():
+        Path(file).write_text((json.dumps(RECORDS[name]) + "\n") * 40)
+    if data["class_path"] == "TextData":
+        return ["--data.train", sets["gsm8k"], "--data.test", "null", "--data.max_length", "48"]
+    tasks = {stage: {task: sets[task] for task in data["init_args"][stage]} for stage in ("train", "test")}
+    options = ["--data.max_length", "640", "--data.batch_size", "2", "--data.validation_fraction", "0.1"]
+    return [*options, *(part for stage in tasks for part in (f"--data.{stage}", json.dumps(tasks[stage])))]

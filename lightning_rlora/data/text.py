@@ -169,28 +169,31 @@ class TextData(LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader:
         """Prompts without answers, padded on the left, one process making them all."""
+        return DataLoader(
+            self._prompts("predict", self._records("predict")),  # type: ignore[arg-type]
+            batch_size=self.batch_size,
+            collate_fn=partial(prompt_batch, pad=pad_token(self._tokenizer())),
+            generator=torch.Generator(),
+        )
+
+    def _prompts(self, name: str, records: Iterable[dict[str, Any]]) -> list[tuple[str, list[int]]]:
+        """The prompts of some records to generate from, and their tokens; long ones lose their beginning."""
         encoder = self._encoder()
-        prompts = [encoder.prompt(record, number) for number, record in enumerate(self._records("predict"), start=1)]
+        prompts = [encoder.prompt(record, number) for number, record in enumerate(records, start=1)]
         if not prompts:
-            raise UserError(f"predict: {self.sources['predict']!r} holds no records")
+            raise UserError(f"{name}: there are no records")
         if not all(ids for _, ids in prompts):
             raise UserError(
-                "predict: a prompt is empty and the tokenizer puts nothing before it: leave such records out"
+                f"{name}: a prompt is empty and the tokenizer puts nothing before it: leave such records out"
             )
         longest = self._longest_prompt()
         cut = sum(len(ids) > longest for _, ids in prompts)
         if cut:
             rank_zero_warn(
-                f"predict: {cut} of {len(prompts)} prompts lost their beginning: they are longer than prompt_length ="
+                f"{name}: {cut} of {len(prompts)} prompts lost their beginning: they are longer than prompt_length ="
                 f" {longest} tokens"
             )
-        shortened: Any = [(text, ids[-longest:]) for text, ids in prompts]
-        return DataLoader(
-            shortened,
-            batch_size=self.batch_size,
-            collate_fn=partial(prompt_batch, pad=pad_token(self._tokenizer())),
-            generator=torch.Generator(),
-        )
+        return [(text, ids[-longest:]) for text, ids in prompts]
 
     def _check_arguments(self) -> None:
         kinds = {"text": self.text, "prompt/answer": self.prompt or self.answer, "messages": self.messages}

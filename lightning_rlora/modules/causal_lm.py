@@ -29,11 +29,13 @@ from lightning_rlora.adapters import (
     track_offsets,
 )
 from lightning_rlora.errors import UserError
+from lightning_rlora.modules.answers import gathered, judged
 from lightning_rlora.modules.base_model import load_base, load_tokenizer
 from lightning_rlora.modules.compilation import compile_in_place, explained_compile_errors
 from lightning_rlora.modules.finite_loss import FiniteLoss
 from lightning_rlora.modules.packing import check_packing
 from lightning_rlora.optim import FixedRankOptimizer, LinearWithWarmup, Riemannion, parameter_groups
+from lightning_rlora.scoring import accuracies
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +66,7 @@ class CausalLM(LightningModule):
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         compile: Run the model through torch.compile: the same losses and faster steps, after a pause at the first
             training batch and at the first evaluated one. Generation and locally optimal initialisation run uncompiled.
-        max_new_tokens: Length of generated answers (`predict`).
+        max_new_tokens: Length of generated answers (`predict`, and `test` on questions).
         trust_remote_code: Run code that the base's repository brings along.
 
     Raises:
@@ -183,9 +185,25 @@ class CausalLM(LightningModule):
         """Update val/loss, val/perplexity and val/accuracy."""
         self._evaluate(batch, "val")
 
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Update test/loss, test/perplexity and test/accuracy."""
-        self._evaluate(batch, "test")
+    def on_test_start(self) -> None:
+        """No question is answered yet."""
+        self.answers: list[dict[str, Any]] = []
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Update test/loss, test/perplexity and test/accuracy, or answer a batch of questions (with `gold`)."""
+        if "gold" in batch:
+            self.answers += judged(batch, self._complete(batch))
+        else:
+            self._evaluate(batch, "test")
+
+    def on_test_epoch_end(self) -> None:
+        """Score the answers: test/accuracy/<task>, and their mean over the tasks as test/accuracy."""
+        self.answers = gathered(self.answers)
+        shares = accuracies(self.answers)
+        for task, share in shares.items():
+            self.log(f"test/accuracy/{task}", share)
+        if shares:
+            self.log("test/accuracy", sum(shares.values()) / len(shares))
 
     def _evaluate(self, batch: dict[str, Tensor], stage: str) -> None:
         output = self(batch)
@@ -199,7 +217,12 @@ class CausalLM(LightningModule):
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, str]]:
         """Greedy continuations of a batch of prompts: dictionaries with `prompt` and `completion`."""
-        prompts = batch["prompt"]
+        completions = self._complete(batch)
+        return [
+            {"prompt": prompt, "completion": text} for prompt, text in zip(batch["prompt"], completions, strict=True)
+        ]
+
+    def _complete(self, batch: dict[str, Any]) -> list[str]:
         ids = self.model.generate(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
@@ -207,8 +230,7 @@ class CausalLM(LightningModule):
             do_sample=False,
             pad_token_id=self.tokenizer.pad_token_id,
         )
-        new = self.tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-        return [{"prompt": prompt, "completion": text} for prompt, text in zip(prompts, new, strict=True)]
+        return self.tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 
     def configure_optimizers(self) -> Any:
         """The optimizer of the adapter and all else that trains, and its schedule over the run."""
