@@ -119,7 +119,8 @@ class Plan:
         return _fill(run.config, self.variables)
 
     def _config(self, task: str, method: Method, rate: float, seed: int, steps: int) -> Config:
-        config = merge(merge(self.common, self.tasks[task]), method.config)
+        config = merge({}, merge(merge(self.common, self.tasks[task]), method.config))
+        config.get("trainer", {}).pop("default_root_dir", None)  # of an overlay that also serves `rlora fit`
         accumulate = config.get("trainer", {}).get("accumulate_grad_batches", 1)
         schedule = {
             "max_steps": steps,

@@ -31,8 +31,9 @@ def figures(rows: Sequence[Row], results: Iterable[Result], plan: Plan) -> dict[
     rows = [row for row in rows if math.isfinite(row.loss)]
     if not rows:
         return {}
+    ended = [result for result in results if result.status != "failed"]
     groups = {
-        _key(row): [r for r in results if (r.task, r.method, r.steps) == (row.task, row.method, row.steps)]
+        _key(row): [r for r in ended if (r.task, r.method, r.steps) == (row.task, row.method, row.steps)]
         for row in rows
     }
     styles = _styles(rows, plan)
@@ -84,26 +85,26 @@ def curves(rows: Sequence[Row], groups: Groups, styles: Styles, plan: Plan) -> F
     reference = _reference(rows, plan)
     figure = Figure(figsize=(13 if reference else 8.5, max(5.2, 0.27 * len(rows) + 1.6)), layout="constrained")
     panels = figure.subplots(1, 2 if reference else 1, squeeze=False)[0]
-    means = {_key(row): _best_curves(row, groups) for row in rows}
-    _draw_curves(panels[0], rows, means, styles, plan)
-    early = sorted(next(loss for step, loss in mean if step >= 0.15 * mean[-1][0]) for mean, _, _ in means.values())
-    lowest = min(loss for mean, _, _ in means.values() for _, loss in mean)
+    by_seed = {_key(row): _best_curves(row, groups) for row in rows}
+    means = {key: mean_curve(list(found.values())) for key, found in by_seed.items()}
+    _draw_curves(panels[0], rows, by_seed, styles, plan)
+    early = sorted(next(loss for step, loss in mean if step >= 0.15 * mean[-1][0]) for mean in means.values())
+    lowest = min(loss for mean in means.values() for _, loss in mean)
     top = early[len(early) // 2]  # what lies above is the same steep fall for all
     panels[0].set_ylim(lowest - 0.06 * (top - lowest), top + 0.06 * (top - lowest))
     panels[0].set_ylabel("validation loss (nats per token)")
     panels[0].set_title("Validation loss at each method's best rate", loc="left", fontsize=11)
     beside = []
     if reference:
-        base = dict(means[_key(reference)][0])
-        shifted = {
-            key: tuple(
-                [(step, value - base[step]) for step, value in curve if step > 0 and step in base] for curve in group
-            )
-            for key, group in means.items()
-        }
-        beside = [row for row in rows if row.steps == reference.steps and shifted[_key(row)][0]]
-        _draw_curves(panels[1], beside, shifted, styles, plan)  # type: ignore[arg-type]
-        late = [d for row in beside for step, d in shifted[_key(row)][0] if step >= 0.4 * reference.steps]
+        shifted = {key: _differences(found, by_seed[_key(reference)]) for key, found in by_seed.items()}
+        beside = [row for row in rows if row.steps == reference.steps and shifted[_key(row)]]
+        _draw_curves(panels[1], beside, shifted, styles, plan)
+        late = [
+            difference
+            for row in beside
+            for step, difference in mean_curve(list(shifted[_key(row)].values()))
+            if step >= 0.4 * reference.steps
+        ]
         low = min(*late, -0.01)
         high = max(min(max(late), 2 * abs(low)), 0.01)
         panels[1].set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
@@ -116,7 +117,11 @@ def curves(rows: Sequence[Row], groups: Groups, styles: Styles, plan: Plan) -> F
     for axes in panels:
         _tidy(axes, grid="y")
     if any(row.seeds > 1 for row in rows):
-        figure.supxlabel("Lines: mean over seeds; bands: lowest to highest seed", fontsize=9, color="#444444")
+        figure.supxlabel(
+            "Lines: mean over seeds; bands: lowest to highest seed; differences between runs of the same seed",
+            fontsize=9,
+            color="#444444",
+        )
     return figure
 
 
@@ -168,31 +173,33 @@ def rates(rows: Sequence[Row], groups: Groups, styles: Styles, plan: Plan) -> Fi
 
 
 def _draw_curves(
-    axes: Axes,
-    rows: Sequence[Row],
-    curves: Mapping[Key, tuple[Curve, Curve, Curve]],
-    styles: Styles,
-    plan: Plan,
+    axes: Axes, rows: Sequence[Row], by_seed: Mapping[Key, Mapping[int, Curve]], styles: Styles, plan: Plan
 ) -> None:
+    """For each row the mean over seeds and, of several, a band from the lowest to the highest."""
     for row in rows:
-        mean, low, high = curves[_key(row)]
-        style = styles[_key(row)]
-        axes.plot(*zip(*mean, strict=True), **style, label=_label(row, plan))
-        if row.seeds > 1:
-            steps = [step for step, _ in low]
-            band = [value for _, value in low], [value for _, value in high]
-            axes.fill_between(steps, *band, color=style["color"], alpha=0.12, linewidth=0)
+        found = list(by_seed[_key(row)].values())
+        mean = mean_curve(found)
+        steps = [step for step, _ in mean]
+        axes.plot(steps, [value for _, value in mean], **styles[_key(row)], label=_label(row, plan))
+        at = [[dict(curve)[step] for curve in found] for step in steps]
+        band = [min(values) for values in at], [max(values) for values in at]
+        axes.fill_between(steps, *band, color=styles[_key(row)]["color"], alpha=0.12, linewidth=0)
     axes.set_xlabel("optimizer step")
     axes.set_xlim(0, max(row.steps for row in rows))
 
 
-def _best_curves(row: Row, groups: Groups) -> tuple[Curve, Curve, Curve]:
-    """Mean, lowest and highest validation loss over seeds by step, at the best rate."""
-    found = [result.validation for result in groups[_key(row)] if result.rate == row.rate]
-    mean = mean_curve(found)
-    at = [[dict(curve)[step] for curve in found] for step, _ in mean]
-    low = [(step, min(values)) for (step, _), values in zip(mean, at, strict=True)]
-    return mean, low, [(step, max(values)) for (step, _), values in zip(mean, at, strict=True)]
+def _best_curves(row: Row, groups: Groups) -> dict[int, Curve]:
+    """Validation losses by seed, at the best rate."""
+    return {result.seed: result.validation for result in groups[_key(row)] if result.rate == row.rate}
+
+
+def _differences(curves: Mapping[int, Curve], reference: Mapping[int, Curve]) -> dict[int, Curve]:
+    """What each curve has more than the reference's of the same seed, after step 0."""
+    differences = {}
+    for seed in sorted(curves.keys() & reference.keys()):
+        base = dict(reference[seed])
+        differences[seed] = [(step, value - base[step]) for step, value in curves[seed] if step in base and step > 0]
+    return differences
 
 
 def _label_ends(axes: Axes, names: Sequence[str]) -> None:

@@ -45,6 +45,11 @@ class Job:
     side_by_side: int
     keep_adapter: bool
 
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self.output / self.run.folder
+
 
 def work(connection: Connection, device: str, threads: int, fit: Fit) -> None:
     """Do the jobs that come over a connection; send the result of each, and whether this process can do another.
@@ -63,20 +68,21 @@ def work(connection: Connection, device: str, threads: int, fit: Fit) -> None:
     threading.Thread(target=_die_with_parent, daemon=True).start()
     in_order = True
     while in_order:
-        result, in_order = execute(connection.recv(), device, fit)
+        job: Job = connection.recv()
+        shutil.rmtree(job.folder, ignore_errors=True)  # what a killed or failed run left
+        job.folder.mkdir(parents=True)
+        _send_output_to(job.folder / "log.txt")
+        result, in_order = execute(job, device, fit)
         connection.send((result, in_order))
 
 
 def execute(job: Job, device: str, fit: Fit) -> tuple[Result, bool]:
-    """Do a run from its start, and leave its result in its folder.
+    """Do a run from its start, and leave its result in its folder, which is there and holds no other run.
 
     Returns:
         The result, and whether this process is fit for another run.
     """
-    folder = job.output / job.run.folder
-    shutil.rmtree(folder, ignore_errors=True)  # what a killed or failed run left
-    folder.mkdir(parents=True)
-    _send_output_to(folder / "log.txt")
+    folder = job.folder
     config = run_config(job, device)
     (folder / "run.yaml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
     began, in_order = time.perf_counter(), True
@@ -136,7 +142,7 @@ def run_config(job: Job, device: str) -> Config:
     measured = {
         "accelerator": "cpu" if device == "cpu" else "gpu",
         "devices": 1,
-        "default_root_dir": str(job.output / job.run.folder),
+        "default_root_dir": str(job.folder),
         "callbacks": [{"class_path": "RunCost"}, *(callbacks if isinstance(callbacks, list) else [callbacks])],
     }
     return merge(config, {"trainer": measured})
