@@ -42,8 +42,8 @@ def cells(row: Row, reference: Row | None) -> Cells:
         if diverged_everywhere
         else ("≥ " if window.open_low or window.open_high else "") + f"x{window.ratio:.2g}",
         "steps to reference": to_reference,
-        "seconds to reference": "" if row.seconds_to_reference is None else f"{row.seconds_to_reference:.3g}",
-        "ms per step": "" if row.seconds_per_step is None else f"{1000 * row.seconds_per_step:.3g}",
+        "seconds to reference": _number(row.seconds_to_reference),
+        "ms per step": _number(row.seconds_per_step, 1000),
         "peak memory": _size(row.peak_memory),
         "trained parameters": "" if row.parameters is None else f"{row.parameters:,}",
         "adapter": _size(row.adapter_bytes),
@@ -209,6 +209,13 @@ def _flat(row: Row) -> dict[str, Any]:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+def _number(value: float | None, factor: int = 1) -> str:
+    """Three digits, or all before the point."""
+    if value is None:
+        return ""
+    return f"{factor * value:.0f}" if factor * value >= 100 else f"{factor * value:.3g}"
 
 
 def _size(size: int | None) -> str:

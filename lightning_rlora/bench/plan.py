@@ -12,28 +12,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from lightning_rlora.bench.fragments import Config, as_config, fill, merge, read_mapping
 from lightning_rlora.errors import UserError
 
-Config = dict[str, Any]
-
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
-_VARIABLE = re.compile(r"\$\{(\w+)\}")
 _PLAN_KEYS = {
     *("description", "sources", "variables", "steps", "validate_every", "seeds", "reference"),
     *("common", "tasks", "methods"),
 }
 _METHOD_KEYS = {"overlay", "rates", "steps"}
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number, as jsonargparse and everybody reads it; YAML 1.1 wants 1.0e-3."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
 
 
 @dataclass(frozen=True)
@@ -116,7 +103,7 @@ class Plan:
         Raises:
             UserError: If it uses a variable that has no value.
         """
-        return _fill(run.config, self.variables)
+        return fill(run.config, self.variables)
 
     def _config(self, task: str, method: Method, rate: float, seed: int, steps: int) -> Config:
         config = merge({}, merge(merge(self.common, self.tasks[task]), method.config))
@@ -132,7 +119,7 @@ class Plan:
         config = merge(config, {"seed_everything": seed, "trainer": schedule, "model": optimizer})
         if "class_path" not in config["model"]["init_args"]["optimizer"]:
             raise UserError(f"method {method.name!r} names no optimizer: give model.init_args.optimizer.class_path")
-        return _fill(config, {"seed": seed}, partly=True)
+        return fill(config, {"seed": seed}, partly=True)
 
 
 def read_plan(path: Path, settings: Mapping[str, str] | None = None) -> Plan:
@@ -145,7 +132,7 @@ def read_plan(path: Path, settings: Mapping[str, str] | None = None) -> Plan:
     Raises:
         UserError: If the plan, or an overlay that it names, is wrong.
     """
-    content = _read_mapping(path)
+    content = read_mapping(path)
     _check_keys(content, _PLAN_KEYS, required={"steps", "seeds", "reference", "tasks", "methods"}, where=f"{path}")
     variables = _mapping(content, "variables", path)
     for name in settings or {}:
@@ -169,7 +156,7 @@ def read_plan(path: Path, settings: Mapping[str, str] | None = None) -> Plan:
         seeds=tuple(_whole(seed, f"{path}: seeds", least=0) for seed in _list(content["seeds"], f"{path}: seeds")),
         reference=str(content["reference"]),
         common=_mapping(content, "common", path),
-        tasks={name: _config_of(task, f"{path}: task {name!r}") for name, task in tasks.items()},
+        tasks={name: as_config(task, f"{path}: task {name!r}") for name, task in tasks.items()},
         methods=methods,
     )
     if plan.reference not in methods:
@@ -187,51 +174,6 @@ def read_plan(path: Path, settings: Mapping[str, str] | None = None) -> Plan:
     return plan
 
 
-def merge(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> Config:
-    """Lay one configuration over another: mappings are merged, anything else is replaced.
-
-    A mapping that names another class than the one below it replaces it whole: the arguments of AdamW mean nothing to
-    another optimizer.
-    """
-    merged = dict(base)
-    for key, value in overlay.items():
-        below = merged.get(key)
-        if isinstance(value, Mapping) and isinstance(below, Mapping) and _same_class(below, value):
-            merged[key] = merge(below, value)
-        else:
-            merged[key] = merge({}, value) if isinstance(value, Mapping) else value
-    return merged
-
-
-def _same_class(below: Mapping[str, Any], above: Mapping[str, Any]) -> bool:
-    """Whether what is above does not name another class; short and full names of a class are the same."""
-    names = [str(part.get("class_path", "")).rpartition(".")[2] for part in (below, above)]
-    return not all(names) or names[0] == names[1]
-
-
-def _fill(value: Any, variables: Mapping[str, Any], partly: bool = False) -> Any:
-    """Put variables' values in place of `${name}`; a text that is nothing else takes the value's type."""
-    if isinstance(value, Mapping):
-        return {key: _fill(item, variables, partly) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_fill(item, variables, partly) for item in value]
-    if not isinstance(value, str):
-        return value
-
-    def get(match: re.Match[str]) -> Any:
-        name = match.group(1)
-        if name in variables and variables[name] is not None:
-            return variables[name]
-        if partly:
-            return match.group(0)
-        if name in variables:
-            raise UserError(f"the plan's variable {name!r} has no value: give --set {name}=...")
-        raise UserError(f"the plan uses ${{{name}}}, which is none of its variables: {', '.join(variables) or 'none'}")
-
-    whole = _VARIABLE.fullmatch(value)
-    return get(whole) if whole else _VARIABLE.sub(lambda match: str(get(match)), value)
-
-
 def _method(name: str, entry: Any, steps: tuple[int, ...], path: Path) -> Method:
     where = f"{path}: method {name!r}"
     if not isinstance(entry, dict):
@@ -241,31 +183,15 @@ def _method(name: str, entry: Any, steps: tuple[int, ...], path: Path) -> Method
     overlays = entry.get("overlay") or []
     for overlay in overlays if isinstance(overlays, list) else [overlays]:
         if isinstance(overlay, str):
-            overlay = _read_mapping(path.parent / overlay)
-        config = merge(config, _config_of(overlay, where))
+            overlay = read_mapping(path.parent / overlay)
+        config = merge(config, as_config(overlay, where))
     rates = tuple(_rate(rate, where) for rate in _list(entry["rates"], f"{where}: rates"))
     budgets = _steps(entry["steps"], f"{where}: steps") if "steps" in entry else steps
     return Method(name, config, tuple(sorted(rates)), budgets)
 
 
-def _read_mapping(path: Path) -> Config:
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no YAML: {error}") from error
-    return _config_of(content, str(path))
-
-
-def _config_of(value: Any, where: str) -> Config:
-    if value is None:
-        return {}
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise UserError(f"{where}: expected names with values, not {value!r:.60}")
-    return value
-
-
 def _mapping(content: Config, key: str, path: Path, named: bool = False) -> Config:
-    value = _config_of(content.get(key), f"{path}: {key}")
+    value = as_config(content.get(key), f"{path}: {key}")
     if named and not value:
         raise UserError(f"{path}: {key} is empty")
     for name in value if named else ():

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
+from lightning_rlora.bench.labels import label_ends
 from lightning_rlora.bench.plan import Plan
 from lightning_rlora.bench.results import Curve, Result
 from lightning_rlora.bench.table import Row, mean_curve
@@ -89,7 +89,7 @@ def curves(rows: Sequence[Row], groups: Groups, styles: Styles, plan: Plan) -> F
     means = {key: mean_curve(list(found.values())) for key, found in by_seed.items()}
     _draw_curves(panels[0], rows, by_seed, styles, plan)
     early = sorted(next(loss for step, loss in mean if step >= 0.15 * mean[-1][0]) for mean in means.values())
-    lowest = min(loss for mean in means.values() for _, loss in mean)
+    lowest = min(loss for found in by_seed.values() for curve in found.values() for _, loss in curve)
     top = early[len(early) // 2]  # what lies above is the same steep fall for all
     panels[0].set_ylim(lowest - 0.06 * (top - lowest), top + 0.06 * (top - lowest))
     panels[0].set_ylabel("validation loss (nats per token)")
@@ -102,7 +102,8 @@ def curves(rows: Sequence[Row], groups: Groups, styles: Styles, plan: Plan) -> F
         late = [
             difference
             for row in beside
-            for step, difference in mean_curve(list(shifted[_key(row)].values()))
+            for curve in shifted[_key(row)].values()
+            for step, difference in curve
             if step >= 0.4 * reference.steps
         ]
         low = min(*late, -0.01)
@@ -112,8 +113,9 @@ def curves(rows: Sequence[Row], groups: Groups, styles: Styles, plan: Plan) -> F
         panels[1].set_title(
             f"Difference to {plan.reference} at the same step: below zero is ahead", loc="left", fontsize=11
         )
-        _label_ends(panels[1], [_label(row, plan) for row in beside])
-    _label_ends(panels[0], [_label(row, plan) for row in rows if row not in beside])
+        label_ends(panels[1], [_label(row, plan) for row in beside])
+    few = len(rows) <= 6  # of many the names at the right tell enough
+    label_ends(panels[0], [_label(row, plan) for row in rows if few or row not in beside])
     for axes in panels:
         _tidy(axes, grid="y")
     if any(row.seeds > 1 for row in rows):
@@ -200,41 +202,6 @@ def _differences(curves: Mapping[int, Curve], reference: Mapping[int, Curve]) ->
         base = dict(reference[seed])
         differences[seed] = [(step, value - base[step]) for step, value in curves[seed] if step in base and step > 0]
     return differences
-
-
-def _label_ends(axes: Axes, names: Sequence[str]) -> None:
-    """Write the named lines' names right of the axes, at the height of their ends as far as there is room."""
-    low, high = axes.get_ylim()
-    lines = [line for line in axes.get_lines() if line.get_label() in names]
-    ends = [min(max(float(np.asarray(line.get_ydata())[-1]), low), high) for line in lines]
-    gap = (high - low) * 0.165 / (0.8 * axes.figure.get_figheight())  # type: ignore[union-attr]  # a line of text
-    for line, end, place in zip(lines, ends, spread_out(ends, gap, high), strict=True):
-        axes.annotate(
-            str(line.get_label()),
-            xy=(float(np.asarray(line.get_xdata())[-1]), end),
-            xytext=(1.04 * axes.get_xlim()[1], place),
-            va="center",
-            fontsize=9,
-            color=line.get_color(),
-            annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": line.get_color(), "linewidth": 0.6, "shrinkA": 0, "shrinkB": 1},
-        )
-
-
-def spread_out(wanted: Sequence[float], gap: float, highest: float) -> list[float]:
-    """Places as near as possible to the wanted ones, in their order, at least `gap` apart and not above `highest`."""
-    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
-    blocks: list[list[float]] = []  # [sum of (wanted - offset in the stack), size]: neighbours that touch move as one
-    for offset, i in enumerate(order):
-        blocks.append([wanted[i] - offset * gap, 1.0])
-        while len(blocks) > 1 and blocks[-2][0] / blocks[-2][1] > blocks[-1][0] / blocks[-1][1]:
-            total, size = blocks.pop()
-            blocks[-1] = [blocks[-1][0] + total, blocks[-1][1] + size]
-    bases = [total / size for total, size in blocks for _ in range(int(size))]
-    places = [0.0] * len(wanted)
-    for offset, (i, base) in enumerate(zip(order, bases, strict=True)):
-        places[i] = min(base, highest - (len(order) - 1) * gap) + offset * gap
-    return places
 
 
 def _styles(rows: Sequence[Row], plan: Plan) -> dict[Key, dict]:

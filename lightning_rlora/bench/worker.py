@@ -25,7 +25,8 @@ from typing import Any
 
 import yaml
 
-from lightning_rlora.bench.plan import Config, Run, merge
+from lightning_rlora.bench.fragments import Config, merge
+from lightning_rlora.bench.plan import Run
 from lightning_rlora.bench.results import Curve, Result, result_of, write_result
 from lightning_rlora.errors import Diverged, user_line
 

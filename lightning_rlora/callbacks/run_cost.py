@@ -35,6 +35,7 @@ class RunCost(Callback):
         self._since: float | None = None
         self._elapsed = 0.0
         if _on_cuda(trainer):
+            torch.cuda.init()  # the statistics do not exist before
             torch.cuda.reset_peak_memory_stats()
             self._held_before = torch.cuda.memory_allocated()
         else:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plans import PLAN, finished, make_plan
 
-from lightning_rlora.bench.plots import spread_out
+from lightning_rlora.bench.labels import spread_out
 from lightning_rlora.bench.results import result_of
 from lightning_rlora.bench.table import best_rate, first_reach, interpolate, mean_curve, rate_window, table
 
