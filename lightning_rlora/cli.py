@@ -97,7 +97,7 @@ def _add_compare(command: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="value of a variable of the plan, such as a folder of data",
     )
-    command.add_argument("--devices", help="CUDA devices, as 0,1, or cpu; by default all there are")
+    command.add_argument("--devices", help="as CUDA_VISIBLE_DEVICES names them, such as 0,1, or cpu; by default all")
     command.add_argument("--jobs", type=int, default=1, help="runs side by side on each device (default 1)")
     command.add_argument("--only", default="", metavar="METHOD,...", help="run these methods only")
     command.add_argument("--limit-minutes", type=float, help="begin no run that would end later than this")

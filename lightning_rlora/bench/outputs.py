@@ -30,7 +30,7 @@ def cells(row: Row, reference: Row | None) -> Cells:
     if row.steps_to_reference is not None and reference is not None and reference.steps_to_reference:
         to_reference = f"{row.steps_to_reference:.0f}"
         if row is not reference:
-            to_reference += f" ({reference.steps_to_reference / row.steps_to_reference:.2f}x fewer)"
+            to_reference += f" ({reference.steps_to_reference / row.steps_to_reference:.2f}x)"
     window = row.window
     diverged_everywhere = math.isinf(row.loss)
     return {
@@ -84,8 +84,8 @@ def explanation(plan: Plan) -> str:
         "Validation loss: in nats per token at the last step, mean and standard deviation over n seeds, at the best of "
         "the rates tried by that very mean; (edge): no rate was tried below or above. Rates within 1 %: highest over "
         "lowest rate around the best whose loss is at most 1 % above the best (≥: as far as was tried). Reference: the "
-        f"loss at the end of {plan.reference} with its best rate and {plan.steps[0]} steps; each run decays its rate "
-        "over its own budget. Seconds of training leave validations out; where several runs shared a device, they "
+        f"loss at the end of {plan.reference} with its best rate and {plan.steps[0]} steps, and in brackets its "
+        "steps over the method's; each run decays its rate over its own budget. Seconds of training leave validations out; where several runs shared a device, they "
         "slowed each other down."
     )
 

@@ -1,4 +1,15 @@
-"""The plan of a comparison: methods x learning rates x seeds x tasks, every run with its own full schedule."""
+"""The plan of a comparison: methods x learning rates x seeds x tasks, every run with its own full schedule.
+
+steps: 200                    # or a list of budgets; a method may name its own
+validate_every: 25
+seeds: [0, 1, 2]
+reference: lora               # the method whose tuned final loss the others are to reach
+variables: {data: data}       # `--set data=...` fills ${data} in; ${seed} is the run's seed
+common: {...}                 # a configuration of `rlora fit`, or a part of one
+tasks: {gsm8k: {...}}         # laid over it: the data
+methods:                      # laid over that: adapter, optimizer, callbacks, in a file or inline
+  lora: {overlay: lora.yaml, rates: [0.001, 0.003, 0.01]}
+"""
 
 from __future__ import annotations
 
