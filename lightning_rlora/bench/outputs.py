@@ -84,9 +84,9 @@ def explanation(plan: Plan) -> str:
         "Validation loss: in nats per token at the last step, mean and standard deviation over n seeds, at the best of "
         "the rates tried by that very mean; (edge): no rate was tried below or above. Rates within 1 %: highest over "
         "lowest rate around the best whose loss is at most 1 % above the best (≥: as far as was tried). Reference: the "
-        f"loss at the end of {plan.reference} with its best rate and {plan.steps[0]} steps, and in brackets its "
-        "steps over the method's; each run decays its rate over its own budget. Seconds of training leave validations out; where several runs shared a device, they "
-        "slowed each other down."
+        f"loss at the end of {plan.reference} with its best rate and {plan.steps[0]} steps; in brackets its steps over "
+        "the method's; each run decays its rate over its own budget. Seconds of training leave validations out; where "
+        "several runs shared a device, they slowed each other down."
     )
 
 
