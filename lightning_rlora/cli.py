@@ -1,4 +1,4 @@
-"""The command line: `rlora fit | validate | test | predict | export | merge`.
+"""The command line: `rlora fit | validate | test | predict | compare | export | merge`.
 
 A thin parser answers help and the small commands; LightningCLI, which takes seconds to import, stands only behind those
 that run a Trainer. Wrong input ends in one line and exit status 2; bugs keep their tracebacks.
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-from lightning_rlora.errors import UserError
+from lightning_rlora.errors import UserError, user_line
 
 TRAINER_COMMANDS = {
     "fit": "train an adapter",
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
         print("rlora: interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        line = _user_line(error)
+        line = user_line(error)
         if line is None:
             raise
         print(f"rlora: error: {line}", file=sys.stderr)
@@ -78,7 +78,68 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="cut an adapter that carries an offset of the base from rank 2r to r, and print the error",
     )
+    _add_compare(commands.add_parser("compare", help="run a plan of methods, learning rates, seeds and tasks"))
     return parser
+
+
+def _add_compare(command: argparse.ArgumentParser) -> None:
+    command.description = (
+        "Run what is left of a plan, side by side, and write tables, a report and pictures. Finished runs in the "
+        "output folder are not repeated, whatever machine they come from."
+    )
+    command.add_argument("plan", type=Path, help="YAML file, such as examples/comparison/quickstart.yaml")
+    command.add_argument("--output", type=Path, required=True, help="folder of the comparison")
+    command.add_argument(
+        *("--set", "-s"),
+        dest="settings",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="value of a variable of the plan, such as a folder of data",
+    )
+    command.add_argument("--devices", help="as CUDA_VISIBLE_DEVICES names them, such as 0,1, or cpu; by default all")
+    command.add_argument("--jobs", type=int, default=1, help="runs side by side on each device (default 1)")
+    command.add_argument("--only", default="", metavar="METHOD,...", help="run these methods only")
+    command.add_argument("--limit-minutes", type=float, help="begin no run that would end later than this")
+    command.add_argument("--keep-adapters", action="store_true", help="keep every run's trained adapter")
+    command.add_argument("--report-only", action="store_true", help="run nothing, write tables and report")
+    command.set_defaults(run=_compare)
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from lightning_rlora.bench.compare import run_plan, visible_devices, write_outputs
+    from lightning_rlora.bench.plan import read_plan
+
+    for setting in args.settings:
+        if "=" not in setting:
+            raise UserError(f"--set {setting}: give NAME=VALUE")
+    if args.jobs < 1:
+        raise UserError(f"--jobs {args.jobs}: at least one run must go on at a time")
+    plan = read_plan(args.plan, dict(setting.split("=", 1) for setting in args.settings))
+    if not args.report_only:
+        run_plan(
+            plan,
+            args.output,
+            _fit,
+            devices=args.devices.split(",") if args.devices else visible_devices(),
+            jobs=args.jobs,
+            only=[name for name in args.only.split(",") if name],
+            limit_minutes=args.limit_minutes,
+            keep_adapters=args.keep_adapters,
+        )
+    failed = [result for result in write_outputs(plan, args.output) if result.status == "failed"]
+    print(f"{(args.output / 'table.md').read_text(encoding='utf-8')}\nreport: {args.output / 'report.html'}")
+    if failed:
+        print(f"rlora: {len(failed)} runs failed, the first: {failed[0].note}; start again to retry", file=sys.stderr)
+        sys.exit(1)
+
+
+def _fit(config: Path) -> None:
+    """Train as a configuration file says, in the worker process that this is called in."""
+    _set_environment()
+    from lightning_rlora.trainer_cli import RloraCLI
+
+    RloraCLI(["fit", "--config", str(config)])
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -119,26 +180,6 @@ def _set_environment() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.trainer.connectors.logger_connector"):
         logging.getLogger(name).addFilter(lambda record: "Tip:" not in record.getMessage())
-
-
-def _user_line(error: Exception) -> str | None:
-    """The line to print for wrong input or an environment that refuses; None for a bug."""
-    cause: BaseException | None = error
-    while cause is not None:  # the configuration parser wraps what a constructor raises
-        if isinstance(cause, UserError):
-            return " ".join(str(cause).split())
-        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
-    if isinstance(error, OSError):
-        where = f": {error.filename}" if error.filename else ""
-        return f"{error.strerror or error}{where}"
-    module, name = type(error).__module__, type(error).__name__
-    if module.startswith("lightning") and name == "MisconfigurationException":
-        return " ".join(str(error).split())
-    if name == "OutOfMemoryError":
-        return "the device's memory does not suffice: lower data.batch_size or set model.gradient_checkpointing"
-    if isinstance(error, ValueError) and "loaded state dict" in str(error):
-        return "the checkpoint was made with another optimizer or adapter: resume with the run's own configuration"
-    return None
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning_rlora import callbacks, data, modules, optim  # noqa: F401  - so that configs may use short class names
 from lightning_rlora.callbacks import AdapterExport, RunRecord, SpectrumMonitor
 from lightning_rlora.callbacks.atomic_checkpoint_io import AtomicCheckpointIO
-from lightning_rlora.callbacks.run_folder import write_atomically
 from lightning_rlora.errors import UserError
+from lightning_rlora.files import write_atomically
 
 
 class Parser(LightningArgumentParser):

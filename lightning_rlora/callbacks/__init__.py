@@ -4,6 +4,7 @@ from lightning_rlora.callbacks.adapter_export import AdapterExport
 from lightning_rlora.callbacks.adapter_only_checkpoint import AdapterOnlyCheckpoint
 from lightning_rlora.callbacks.locally_optimal_init import LocallyOptimalInit
 from lightning_rlora.callbacks.retraction import Retraction
+from lightning_rlora.callbacks.run_cost import RunCost
 from lightning_rlora.callbacks.run_record import RunRecord
 from lightning_rlora.callbacks.spectrum_monitor import SpectrumMonitor
 
@@ -12,6 +13,7 @@ __all__ = [
     "AdapterOnlyCheckpoint",
     "LocallyOptimalInit",
     "Retraction",
+    "RunCost",
     "RunRecord",
     "SpectrumMonitor",
 ]

@@ -3,16 +3,8 @@
 import os
 from pathlib import Path
 
-FILES = ("metrics.csv", "loss.png", "spectrum.csv", "spectrum.png", "checkpoints", "adapter")
+FILES = ("metrics.csv", "loss.png", "spectrum.csv", "spectrum.png", "cost.json", "checkpoints", "adapter")
 """What a run leaves in its folder, beside its config.yaml."""
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file as a whole: whoever reads it sees the old content or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_bytes(content)
-    partial.replace(path)
 
 
 def cut_back(path: Path, header: str, step: int) -> None:

@@ -9,7 +9,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_rlora.callbacks.run_folder import holds_run, lies_in, set_aside, write_atomically
+from lightning_rlora.callbacks.run_folder import holds_run, lies_in, set_aside
+from lightning_rlora.files import write_atomically
 
 COLUMNS = ("step", "train/loss", "val/loss", "val/perplexity")
 """The first columns of metrics.csv; other validation metrics follow in the order in which they first appear."""

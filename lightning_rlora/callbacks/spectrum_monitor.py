@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_rlora.adapters import LoraPair, group_by_shape, matrix, offset_factors, scan
-from lightning_rlora.callbacks.run_folder import cut_back, write_atomically
+from lightning_rlora.callbacks.run_folder import cut_back
 from lightning_rlora.errors import UserError
+from lightning_rlora.files import write_atomically
 
 RANK_DEFICIENT = 1e-12
 """A factor whose R, of its QR, has a diagonal entry of at most this share of the largest counts as rank deficient."""

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lightning_rlora.errors import UserError
+from lightning_rlora.errors import Diverged
 
 
 class FiniteLoss:
@@ -21,7 +21,7 @@ class FiniteLoss:
         """Take the loss of a micro-batch in step `step`, a scalar.
 
         Raises:
-            UserError: If it or the one before is not finite.
+            Diverged: If it or the one before is not finite.
         """
         self.check()
         if not loss.is_cuda:
@@ -35,7 +35,7 @@ class FiniteLoss:
         """Read the loss noted last.
 
         Raises:
-            UserError: If it is not finite.
+            Diverged: If it is not finite.
         """
         if self._unread is not None:
             copy, arrived, step = self._unread
@@ -46,7 +46,7 @@ class FiniteLoss:
 
 def _refuse(loss: Tensor, step: int) -> None:
     if not torch.isfinite(loss):
-        raise UserError(
+        raise Diverged(
             f"the training loss is {loss.item()} at step {step}: lower the learning rate or look for bad input data; "
             "checkpoints written before are intact"
         )

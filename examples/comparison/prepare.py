@@ -1,0 +1,92 @@
+"""Make the data of plan.yaml: GSM8K and textbook chapters, each with a held-out part that is the same for every run.
+
+    git clone https://github.com/openai/grade-school-math
+    for book in physics life-liberty-and-pursuit-happiness college-success-bundle; do
+        git clone --depth 1 https://github.com/openstax/osbooks-$book
+    done
+    python examples/comparison/prepare.py --output data \
+        --gsm8k grade-school-math/grade_school_math/data/train.jsonl --textbooks osbooks-*
+
+GSM8K (MIT licence) and OpenStax's textbooks (CC BY 4.0) are public. A textbook may also be a file of JSON lines with
+the fields `title` and `text`, plain or compressed; with `--source openstax/` only records whose `source` begins so.
+"""
+
+import argparse
+import json
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from pathlib import Path
+
+from lightning_rlora.data.sources import read_records
+
+CNXML = "{http://cnx.rice.edu/cnxml}"
+TEXT = {f"{CNXML}para", f"{CNXML}item"}
+
+
+def chapters(path: Path, source: str) -> Iterator[dict[str, str]]:
+    """The documents of a clone of one of OpenStax's books, or of a file of JSON lines."""
+    if path.is_file():
+        for record in read_records(str(path), "train"):
+            if str(record.get("source", "")).startswith(source):
+                yield {"title": record["title"], "text": record["text"]}
+        return
+    for file in sorted(path.glob("modules/*/index.cnxml")):
+        document = ElementTree.parse(file).getroot()
+        title, content = document.find(f"{CNXML}title"), document.find(f"{CNXML}content")
+        if content is not None:
+            text = "\n\n".join(paragraphs(content))
+            if len(text) > 500:  # not a bare cover page
+                yield {"title": "" if title is None else "".join(title.itertext()), "text": text}
+
+
+def paragraphs(element: ElementTree.Element) -> Iterator[str]:
+    """The running text, paragraph by paragraph, without formulas' markup and what only teachers see."""
+    for child in element:
+        if child.get("class") == "os-teacher":
+            continue
+        if child.tag in TEXT:
+            text = " ".join("".join(part for part in words(child)).split())
+            if text:
+                yield text
+        else:
+            yield from paragraphs(child)
+
+
+def words(element: ElementTree.Element) -> Iterator[str]:
+    yield element.text or ""
+    for child in element:
+        if child.tag.startswith(CNXML):
+            yield from words(child)
+        yield child.tail or ""
+
+
+def split(records: list[dict[str, str]], every: int, folder: Path) -> None:
+    """Hold out every so-manieth record."""
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = {
+        "train": [record for number, record in enumerate(records) if number % every],
+        "validation": records[::every],
+    }
+    for name, part in parts.items():
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in part)
+        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+        print(f"{folder / name}.jsonl: {len(part)} records, {sum(len(''.join(r.values())) for r in part):,} characters")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gsm8k", type=Path, required=True, help="its train.jsonl, plain or compressed")
+    parser.add_argument("--textbooks", type=Path, nargs="+", required=True, help="clones, or files of JSON lines")
+    parser.add_argument("--source", default="", help="of records in files, what `source` begins with")
+    parser.add_argument("--output", type=Path, required=True)
+    arguments = parser.parse_args()
+    problems = [
+        {key: record[key] for key in ("question", "answer")} for record in read_records(str(arguments.gsm8k), "train")
+    ]
+    split(problems, 20, arguments.output / "gsm8k")
+    documents = [document for path in arguments.textbooks for document in chapters(path, arguments.source)]
+    split(documents, 20, arguments.output / "textbooks")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""`rlora compare`: what is left of a plan is run, then everything that is there is put into tables and a report."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from lightning_rlora.bench.plan import Plan
+from lightning_rlora.bench.pool import run_all
+from lightning_rlora.bench.results import Result, read_result
+from lightning_rlora.bench.worker import Fit, Job
+from lightning_rlora.errors import UserError
+from lightning_rlora.files import write_atomically
+
+
+def run_plan(
+    plan: Plan,
+    output: Path,
+    fit: Fit,
+    *,
+    devices: Sequence[str],
+    jobs: int = 1,
+    only: Sequence[str] = (),
+    limit_minutes: float | None = None,
+    keep_adapters: bool = False,
+) -> None:
+    """Do the runs of a plan that have no result yet, side by side, telling of each as it ends.
+
+    Args:
+        plan: The plan.
+        output: Folder of the comparison; finished runs in it, from whatever machine, are not repeated.
+        fit: Trains as a configuration file says.
+        devices: For CUDA_VISIBLE_DEVICES of a worker, or `cpu`.
+        jobs: Workers on each device.
+        only: Methods to run; by default all.
+        limit_minutes: Begin no run that would end later than this.
+        keep_adapters: Keep every run's trained adapter; without, only its size is kept.
+
+    Raises:
+        UserError: If another comparison is at work in the folder, or a variable has no value.
+    """
+    for name in only:
+        if name not in plan.methods:
+            raise UserError(f"--only names {name!r}, which is none of the methods: {', '.join(plan.methods)}")
+    runs = [run for run in plan.runs() if not only or run.method in only]
+    with _alone_in(output):
+        left = [run for run in runs if not _is_done(read_result(output, run))]
+        todo = [Job(run, plan.filled(run), output.absolute(), jobs, keep_adapters) for run in left]
+        print(
+            f"{len(runs)} runs, {len(runs) - len(todo)} of them done; {jobs} at a time on {', '.join(devices)}",
+            flush=True,
+        )
+        if not todo:
+            return
+        progress = _Progress(todo, len(runs))
+        workers = [device for _ in range(jobs) for device in devices]
+        threads = max(1, (os.cpu_count() or 1) // len(workers))
+        limit = None if limit_minutes is None else 60 * limit_minutes
+        done = run_all(todo, workers, threads, fit, progress.report, limit)
+        if done < len(todo):
+            print(f"time is up with {len(todo) - done} runs left: start again to go on", flush=True)
+
+
+def write_outputs(plan: Plan, output: Path) -> list[Result]:
+    """Put all results of a plan into table.md, table.csv, table.json, method_comparison/, report.html and pictures.
+
+    Returns:
+        The results, failed ones too.
+    """
+    from lightning_rlora.bench.outputs import as_csv, as_json, markdown, peft_layout
+    from lightning_rlora.bench.report import write_report
+    from lightning_rlora.bench.table import table
+
+    runs = plan.runs()
+    found = [(run, result) for run in runs if (result := read_result(output, run)) is not None]
+    results = [result for _, result in found]
+    tables = {task: table(results, task, plan.reference, plan.steps[0]) for task in plan.tasks}
+    best = {(row.task, row.method, row.steps, row.rate) for rows in tables.values() for row in rows}
+    public = replace(plan, variables={name: _shown(value) for name, value in plan.variables.items()})
+    for run, result in found:
+        if result.status == "finished" and (run.task, run.method, run.steps, run.rate) in best:
+            content = peft_layout(replace(result, config=public.filled(run)))
+            name = content["run_info"]["experiment_name"].replace("/", "--")
+            write_atomically(output / "method_comparison" / f"{name}.json", json.dumps(content, indent=2).encode())
+    write_atomically(output / "table.md", markdown(tables, plan).encode())
+    write_atomically(output / "table.csv", as_csv(tables).encode())
+    write_atomically(output / "table.json", as_json(tables).encode())
+    write_report(output, public, results, tables, len(runs))
+    return results
+
+
+def visible_devices() -> list[str]:
+    """The CUDA devices that this process may use, as CUDA_VISIBLE_DEVICES names them; `cpu` where there is none."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [name.strip() for name in named.split(",") if name.strip()] or ["cpu"]
+    import torch
+
+    return [str(number) for number in range(torch.cuda.device_count())] or ["cpu"]
+
+
+def _is_done(result: Result | None) -> bool:
+    return result is not None and result.status != "failed"
+
+
+def _shown(value: str | None) -> str:
+    """A variable's value for outsiders: of a place on this machine only the last part of its path."""
+    return "" if value is None else Path(value).name if Path(value).is_absolute() else value
+
+
+class _Progress:
+    """Tells of every run that ended, and when all will have."""
+
+    def __init__(self, todo: Sequence[Job], planned: int) -> None:
+        self.steps_left = sum(job.run.steps for job in todo)
+        self.ended, self.planned = planned - len(todo), planned
+        self.steps_done = 0
+        self.began = time.monotonic()
+
+    def report(self, job: Job, result: Result) -> None:
+        self.ended += 1
+        self.steps_left -= job.run.steps
+        self.steps_done += job.run.steps
+        minutes = (time.monotonic() - self.began) / 60 * self.steps_left / self.steps_done
+        what = f"loss {result.loss:.4f}" if result.status == "finished" else f"{result.status}: {result.note}"
+        seconds = f" in {result.meta['total_seconds']:.0f} s" if result.meta else ""
+        left = f"about {minutes:.0f} min left" if minutes >= 1 else "less than a minute left"
+        run = job.run
+        print(
+            f"[{self.ended}/{self.planned}] {run.task} {run.method} rate {run.rate:g} seed {run.seed} "
+            f"{run.steps} steps: {what}{seconds}" + (f"; {left}" if self.steps_left else ""),
+            flush=True,
+        )
+
+
+@contextmanager
+def _alone_in(output: Path) -> Iterator[None]:
+    """Keep a second comparison out of the folder; the lock ends with this process, however it ends."""
+    import fcntl
+
+    output.mkdir(parents=True, exist_ok=True)
+    with (output / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another comparison is at work in {output}: wait for it or end it") from error
+        yield

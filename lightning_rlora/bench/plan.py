@@ -1,0 +1,245 @@
+"""The plan of a comparison: methods x learning rates x seeds x tasks, every run with its own full schedule.
+
+steps: 200                    # or a list of budgets; a method may name its own
+validate_every: 25
+seeds: [0, 1, 2]
+reference: lora               # the method whose tuned final loss the others are to reach
+variables: {data: data}       # `--set data=...` fills ${data} in; ${seed} is the run's seed
+common: {...}                 # a configuration of `rlora fit`, or a part of one
+tasks: {gsm8k: {...}}         # laid over it: the data
+methods:                      # laid over that: adapter, optimizer, callbacks, in a file or inline
+  lora: {overlay: lora.yaml, rates: [0.001, 0.003, 0.01]}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lightning_rlora.bench.fragments import Config, as_config, fill, merge, read_mapping
+from lightning_rlora.errors import UserError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
+_PLAN_KEYS = {
+    *("description", "sources", "variables", "steps", "validate_every", "seeds", "reference"),
+    *("common", "tasks", "methods"),
+}
+_METHOD_KEYS = {"overlay", "rates", "steps"}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method: what it changes in the configuration, and the rates and budgets (in optimizer steps) to try."""
+
+    name: str
+    config: Config
+    rates: tuple[float, ...]
+    steps: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run; `config` is the one `rlora fit` gets, with the plan's variables not yet filled in."""
+
+    task: str
+    method: str
+    rate: float
+    seed: int
+    steps: int
+    config: Config
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What tells runs apart: everything in the configuration but the values of the plan's variables."""
+        return hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def folder(self) -> Path:
+        """Where the run lives in the output folder; a changed plan never meets the runs of the old one."""
+        name = f"{self.steps}-steps_rate-{self.rate:g}_seed-{self.seed}_{self.fingerprint[:8]}"
+        return Path("runs", self.task, self.method, name)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A comparison.
+
+    Attributes:
+        name: The plan's file name without its ending.
+        description: What is compared and why, for the report.
+        sources: Where an outsider gets data and base models, by name, for the report.
+        variables: Places such as folders and models that differ between machines; they do not tell runs apart.
+        steps: Budgets of the methods that name none; the first one is the reference's.
+        validate_every: Optimizer steps from one validation to the next.
+        seeds: Of initialisation and dropout, and of the data's order where the plan uses `${seed}` there.
+        reference: Method whose tuned final loss the others are to reach.
+        common: Configuration of all runs.
+        tasks: What each task changes in it.
+        methods: What each method changes, after the task.
+    """
+
+    name: str
+    description: str
+    sources: dict[str, str]
+    variables: dict[str, str | None]
+    steps: tuple[int, ...]
+    validate_every: int
+    seeds: tuple[int, ...]
+    reference: str
+    common: Config
+    tasks: dict[str, Config]
+    methods: dict[str, Method]
+
+    def runs(self) -> list[Run]:
+        """All runs, in the order in which they are best done: the first seed of everything, then the next."""
+        return [
+            Run(task, method.name, rate, seed, steps, self._config(task, method, rate, seed, steps))
+            for seed in self.seeds
+            for task in self.tasks
+            for method in self.methods.values()
+            for steps in method.steps
+            for rate in method.rates
+        ]
+
+    def filled(self, run: Run) -> Config:
+        """The configuration of a run with the variables' values.
+
+        Raises:
+            UserError: If it uses a variable that has no value.
+        """
+        return fill(run.config, self.variables)
+
+    def _config(self, task: str, method: Method, rate: float, seed: int, steps: int) -> Config:
+        config = merge({}, merge(merge(self.common, self.tasks[task]), method.config))
+        config.get("trainer", {}).pop("default_root_dir", None)  # of an overlay that also serves `rlora fit`
+        accumulate = config.get("trainer", {}).get("accumulate_grad_batches", 1)
+        schedule = {
+            "max_steps": steps,
+            "max_epochs": -1,
+            "val_check_interval": self.validate_every * accumulate,
+            "check_val_every_n_epoch": None,
+        }
+        optimizer = {"init_args": {"optimizer": {"init_args": {"lr": rate}}}}
+        config = merge(config, {"seed_everything": seed, "trainer": schedule, "model": optimizer})
+        if "class_path" not in config["model"]["init_args"]["optimizer"]:
+            raise UserError(f"method {method.name!r} names no optimizer: give model.init_args.optimizer.class_path")
+        return fill(config, {"seed": seed}, partly=True)
+
+
+def read_plan(path: Path, settings: Mapping[str, str] | None = None) -> Plan:
+    """Read and check a plan.
+
+    Args:
+        path: YAML file; paths of overlays in it are relative to its folder.
+        settings: Values for the plan's variables.
+
+    Raises:
+        UserError: If the plan, or an overlay that it names, is wrong.
+    """
+    content = read_mapping(path)
+    _check_keys(content, _PLAN_KEYS, required={"steps", "seeds", "reference", "tasks", "methods"}, where=f"{path}")
+    variables = _mapping(content, "variables", path)
+    for name in settings or {}:
+        if name not in variables:
+            known = ", ".join(variables) or "none"
+            raise UserError(f"{path} has no variable {name!r} to set; its variables: {known}")
+    steps = _steps(content["steps"], f"{path}: steps")
+    methods = {
+        name: _method(name, entry, steps, path)
+        for name, entry in _mapping(content, "methods", path, named=True).items()
+    }
+    tasks = _mapping(content, "tasks", path, named=True)
+    plan = Plan(
+        name=path.stem,
+        description=str(content.get("description") or ""),
+        sources={name: str(text) for name, text in _mapping(content, "sources", path).items()},
+        variables={name: None if value is None else str(value) for name, value in variables.items()}
+        | dict(settings or {}),
+        steps=steps,
+        validate_every=_whole(content.get("validate_every", 25), f"{path}: validate_every"),
+        seeds=tuple(_whole(seed, f"{path}: seeds", least=0) for seed in _list(content["seeds"], f"{path}: seeds")),
+        reference=str(content["reference"]),
+        common=_mapping(content, "common", path),
+        tasks={name: as_config(task, f"{path}: task {name!r}") for name, task in tasks.items()},
+        methods=methods,
+    )
+    if plan.reference not in methods:
+        raise UserError(f"{path}: reference {plan.reference!r} is none of the methods: {', '.join(methods)}")
+    if plan.steps[0] not in methods[plan.reference].steps:
+        raise UserError(
+            f"{path}: the reference {plan.reference!r} must have the plan's budget of {plan.steps[0]} steps"
+        )
+    for budget in {budget for method in methods.values() for budget in method.steps}:
+        if budget % plan.validate_every:
+            raise UserError(
+                f"{path}: {budget} steps do not end with a validation: let validate_every = {plan.validate_every}"
+                " divide every budget"
+            )
+    return plan
+
+
+def _method(name: str, entry: Any, steps: tuple[int, ...], path: Path) -> Method:
+    where = f"{path}: method {name!r}"
+    if not isinstance(entry, dict):
+        raise UserError(f"{where}: expected overlay and rates")
+    _check_keys(entry, _METHOD_KEYS, required={"rates"}, where=where)
+    config: Config = {}
+    overlays = entry.get("overlay") or []
+    for overlay in overlays if isinstance(overlays, list) else [overlays]:
+        if isinstance(overlay, str):
+            overlay = read_mapping(path.parent / overlay)
+        config = merge(config, as_config(overlay, where))
+    rates = tuple(_rate(rate, where) for rate in _list(entry["rates"], f"{where}: rates"))
+    budgets = _steps(entry["steps"], f"{where}: steps") if "steps" in entry else steps
+    return Method(name, config, tuple(sorted(rates)), budgets)
+
+
+def _mapping(content: Config, key: str, path: Path, named: bool = False) -> Config:
+    value = as_config(content.get(key), f"{path}: {key}")
+    if named and not value:
+        raise UserError(f"{path}: {key} is empty")
+    for name in value if named else ():
+        if not _NAME.fullmatch(name):
+            raise UserError(f"{path}: {key}: {name!r} is no name for a folder: use letters, digits, _ . + -")
+    return value
+
+
+def _check_keys(content: Config, known: set[str], required: set[str], where: str) -> None:
+    for key in content:
+        if key not in known:
+            raise UserError(f"{where}: unknown key {key!r}: there are {', '.join(sorted(known))}")
+    for key in sorted(required):
+        if content.get(key) is None:
+            raise UserError(f"{where}: {key} is missing")
+
+
+def _list(value: Any, where: str) -> Sequence[Any]:
+    values = value if isinstance(value, list) else [value]
+    if not values:
+        raise UserError(f"{where}: the list is empty")
+    if len(set(map(str, values))) < len(values):
+        raise UserError(f"{where}: a value stands there twice")
+    return values
+
+
+def _steps(value: Any, where: str) -> tuple[int, ...]:
+    return tuple(_whole(steps, where) for steps in _list(value, where))
+
+
+def _whole(value: Any, where: str, least: int = 1) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UserError(f"{where}: expected a whole number from {least} on, not {value!r}")
+    return value
+
+
+def _rate(value: Any, where: str) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise UserError(f"{where}: expected positive learning rates, not {value!r}")
+    return float(value)

@@ -1,0 +1,105 @@
+"""Runs side by side: worker processes, each bound to a device."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+
+from lightning_rlora.bench.results import Result, result_of, write_result
+from lightning_rlora.bench.worker import Fit, Job, work
+
+
+def run_all(
+    jobs: Sequence[Job],
+    devices: Sequence[str],
+    threads: int,
+    fit: Fit,
+    report: Callable[[Job, Result], None],
+    seconds: float | None = None,
+) -> int:
+    """Do jobs on worker processes, the first ones first.
+
+    Args:
+        jobs: What to do.
+        devices: One entry for each worker: for CUDA_VISIBLE_DEVICES, or `cpu`. A device may stand there several times.
+        threads: Of each worker on the CPU.
+        fit: Trains; pickled to the workers.
+        report: Called with each job and its result, as they come.
+        seconds: Begin no job that would end later than this, by the speed of those before.
+
+    Returns:
+        How many jobs were done.
+    """
+    waiting = list(reversed(jobs))
+    workers = [_Worker(device, threads, fit) for device in devices[: len(jobs)]]
+    began = time.monotonic()
+    done = 0
+    pace = 0.0  # seconds of wall time for an optimizer step of one worker, all its pauses included
+
+    def too_late(job: Job) -> bool:
+        return seconds is not None and time.monotonic() - began + pace * job.run.steps > seconds
+
+    try:
+        while True:
+            for worker in workers:
+                if worker.job is None and waiting and not too_late(waiting[-1]):
+                    worker.begin(waiting.pop())
+            busy = {worker.connection: worker for worker in workers if worker.job is not None}
+            if not busy:
+                return done
+            for connection in wait(list(busy)):
+                worker = busy[connection]  # type: ignore[index]
+                job, result, duration = worker.end()
+                pace = max(pace, duration / job.run.steps) if result.status == "finished" else pace
+                done += 1
+                report(job, result)
+    finally:
+        for worker in workers:
+            worker.stop()
+
+
+class _Worker:
+    """A process that does one job after the other; started when a job comes and there is none."""
+
+    def __init__(self, device: str, threads: int, fit: Fit) -> None:
+        self.job: Job | None = None
+        self._arguments = device, threads, fit
+        self._process: BaseProcess | None = None
+
+    def begin(self, job: Job) -> None:
+        self.job = job
+        self._began = time.monotonic()
+        if self._process is None:
+            context = multiprocessing.get_context("spawn")  # a forked process could not use CUDA
+            self.connection, other = context.Pipe()
+            self._process = context.Process(target=work, args=(other, *self._arguments))
+            self._process.start()
+            other.close()
+        self.connection.send(job)
+
+    def end(self) -> tuple[Job, Result, float]:
+        """The job, its result (also if the process died over it) and the seconds it took."""
+        assert self.job is not None and self._process is not None
+        job, self.job = self.job, None
+        result: Result
+        try:
+            result, in_order = self.connection.recv()
+        except (EOFError, OSError):
+            self._process.join()
+            note = f"the process died (exit code {self._process.exitcode}): see log.txt in the run's folder"
+            result, in_order = result_of(job.run, "failed", note=note, config=job.run.config), False
+            write_result(job.output, job.run, result)
+        if not in_order:
+            self.stop()
+        return job, result, time.monotonic() - self._began
+
+    def stop(self) -> None:
+        """End the process, whatever it does."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._process = None
+            self.connection.close()

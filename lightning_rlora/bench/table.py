@@ -1,0 +1,206 @@
+"""From results to the numbers of the table: pure functions."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from lightning_rlora.bench.results import Curve, Result
+
+
+@dataclass(frozen=True)
+class RateWindow:
+    """The rates around the best one whose loss is within a share of the best.
+
+    Attributes:
+        low: Lower end, interpolated in the rate's logarithm.
+        high: Upper end.
+        open_low: Whether the window reaches down to the lowest rate tried, so that it may be wider.
+        open_high: The same above.
+    """
+
+    low: float
+    high: float
+    open_low: bool
+    open_high: bool
+
+    @property
+    def ratio(self) -> float:
+        """How many times the lowest rate the highest one is."""
+        return self.high / self.low
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method with a budget on a task, at its best rate.
+
+    Attributes:
+        task: The task.
+        method: The method.
+        steps: Budget in optimizer steps.
+        rate: The best of the rates tried, by the mean over seeds of the validation loss at the end.
+        edge: Whether no rate was tried below, or none above: the best may lie outside.
+        loss: That mean.
+        spread: Standard deviation over seeds (n - 1 in the denominator); None with a single seed.
+        seeds: How many seeds finished at the best rate.
+        by_rate: Mean loss by rate; infinite where a run diverged.
+        window: Rates within 1 % of the best.
+        steps_to_reference: Step at which the mean curve reaches the reference's tuned final loss; None if it does not.
+        seconds_to_reference: Seconds of training up to there.
+        seconds_per_step: Median over the runs at the best rate.
+        peak_memory: In bytes, the largest of the runs at the best rate.
+        parameters: That train.
+        adapter_bytes: Of the exported adapter's weights.
+        diverged: Runs that diverged, of all rates and seeds.
+        runs: Runs that ended, diverged ones included.
+    """
+
+    task: str
+    method: str
+    steps: int
+    rate: float
+    edge: bool
+    loss: float
+    spread: float | None
+    seeds: int
+    by_rate: dict[float, float]
+    window: RateWindow
+    steps_to_reference: float | None
+    seconds_to_reference: float | None
+    seconds_per_step: float | None
+    peak_memory: int | None
+    parameters: int | None
+    adapter_bytes: int | None
+    diverged: int
+    runs: int
+
+
+def table(results: Iterable[Result], task: str, reference: str, reference_steps: int) -> list[Row]:
+    """The rows of a task, lowest loss first; methods all of whose runs diverged stand at the end.
+
+    Args:
+        results: Of any tasks; failed ones are left out.
+        task: The task.
+        reference: Method whose tuned final loss the others are to reach.
+        reference_steps: Its budget.
+    """
+    groups: dict[tuple[str, int], list[Result]] = defaultdict(list)
+    for result in results:
+        if result.task == task and result.status != "failed":
+            groups[result.method, result.steps].append(result)
+    goal = None
+    if (reference, reference_steps) in groups:
+        goal = min(mean_losses(groups[reference, reference_steps]).values())
+    if goal is not None and math.isinf(goal):
+        goal = None
+    rows = [_row(group, goal) for group in groups.values()]
+    return sorted(rows, key=lambda row: (row.loss, row.method, row.steps))
+
+
+def _row(group: Sequence[Result], goal: float | None) -> Row:
+    by_rate = mean_losses(group)
+    rate = best_rate(by_rate)
+    best = [result for result in group if result.rate == rate]
+    losses = [result.loss for result in best]
+    curve = mean_curve([result.validation for result in best]) if math.isfinite(by_rate[rate]) else []
+    reached = first_reach(curve, goal) if goal is not None else None
+    seconds = mean_curve([_seconds(result) for result in best]) if curve else []
+    paces = [pace for result in best if (pace := result.seconds_per_step) is not None]
+    memory = [result.cost["peak_memory"] for result in best if result.cost.get("peak_memory")]
+    return Row(
+        task=group[0].task,
+        method=group[0].method,
+        steps=group[0].steps,
+        rate=rate,
+        edge=rate in (min(by_rate), max(by_rate)),
+        loss=by_rate[rate],
+        spread=statistics.stdev(losses) if len(losses) > 1 and curve else None,
+        seeds=len(best),
+        by_rate=by_rate,
+        window=rate_window(by_rate),
+        steps_to_reference=reached,
+        seconds_to_reference=interpolate(seconds, reached) if reached is not None and seconds else None,
+        seconds_per_step=statistics.median(paces) if paces else None,
+        peak_memory=max(memory, default=None),
+        parameters=max((result.cost.get("trainable_parameters", 0) for result in best), default=0) or None,
+        adapter_bytes=max((result.adapter.get("bytes", 0) for result in best), default=0) or None,
+        diverged=sum(result.status == "diverged" for result in group),
+        runs=len(group),
+    )
+
+
+def mean_losses(group: Iterable[Result]) -> dict[float, float]:
+    """Mean final loss over seeds by rate, in the order of the rates; infinite where a seed diverged."""
+    losses = defaultdict(list)
+    for result in group:
+        losses[result.rate].append(result.loss)
+    return {rate: statistics.fmean(losses[rate]) for rate in sorted(losses)}
+
+
+def best_rate(by_rate: Mapping[float, float]) -> float:
+    """The rate of the lowest loss; the lower one of two."""
+    return min(by_rate, key=lambda rate: (by_rate[rate], rate))
+
+
+def rate_window(by_rate: Mapping[float, float], share: float = 0.01) -> RateWindow:
+    """The rates next to the best one and to each other whose loss is at most (1 + share) times the best loss.
+
+    Between two rates the loss is taken as linear in the rate's logarithm; towards a rate that diverged nothing is
+    known, and the window ends at the last rate that did not.
+    """
+    rates = sorted(by_rate)
+    best = best_rate(by_rate)
+    if math.isinf(by_rate[best]):
+        return RateWindow(best, best, False, False)
+    limit = (1 + share) * by_rate[best]
+
+    def end(outwards: Sequence[float]) -> tuple[float, bool]:
+        inside = best
+        for rate in outwards:
+            if by_rate[rate] > limit:
+                if math.isinf(by_rate[rate]):
+                    return inside, False
+                part = (limit - by_rate[inside]) / (by_rate[rate] - by_rate[inside])
+                return math.exp(math.log(inside) + part * (math.log(rate) - math.log(inside))), False
+            inside = rate
+        return inside, True
+
+    place = rates.index(best)
+    low, open_low = end(rates[:place][::-1])
+    high, open_high = end(rates[place + 1 :])
+    return RateWindow(low, high, open_low, open_high)
+
+
+def mean_curve(curves: Sequence[Curve]) -> Curve:
+    """The mean of curves at the steps that all of them have."""
+    tables = [dict(curve) for curve in curves]
+    common = sorted(set.intersection(*(set(table) for table in tables))) if tables else []
+    return [(step, statistics.fmean(table[step] for table in tables)) for step in common]
+
+
+def first_reach(curve: Curve, goal: float) -> float | None:
+    """The first step, interpolated between validations, at which a curve is at or below a goal; None if never."""
+    before: tuple[int, float] | None = None
+    for step, value in curve:
+        if value <= goal:
+            if before is None:
+                return float(step)
+            return before[0] + (step - before[0]) * (before[1] - goal) / (before[1] - value)
+        before = step, value
+    return None
+
+
+def interpolate(curve: Curve, step: float) -> float:
+    """A curve's value at a step within its range, linear between its points."""
+    for (left, low), (right, high) in pairwise(curve):
+        if left <= step <= right:
+            return low + (high - low) * (step - left) / (right - left)
+    return curve[-1][1]
+
+
+def _seconds(result: Result) -> Curve:
+    return [(0, 0.0), *((step, seconds) for step, seconds in result.cost.get("seconds", []))]

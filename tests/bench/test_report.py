@@ -1,0 +1,121 @@
+"""What is made of results: tables, files in PEFT's layout, and a report that needs nothing beside it."""
+
+import base64
+import csv
+import json
+import re
+
+import pytest
+from plans import PLAN, finished, make_plan, write_plan
+
+from lightning_rlora.bench.compare import write_outputs
+from lightning_rlora.bench.results import result_of, write_result
+from lightning_rlora.cli import main
+
+LOSSES = {("adamw", 0.01): 2.0, ("adamw", 0.1): 2.5, ("sgd", 1.0): 1.9}
+
+
+@pytest.fixture
+def compared(tmp_path):
+    """A plan in which the first seed is done, with one failure."""
+    plan = make_plan(tmp_path, description="<b>why</b>", sources={"words": "https://example.org"})
+    for run in plan.runs():
+        if run.seed == 0:
+            write_result(tmp_path, run, finished(run, LOSSES[run.method, run.rate]))
+    last = plan.runs()[-1]
+    write_result(tmp_path, last, result_of(last, "failed", note="no <memory>", config=last.config))
+    write_outputs(plan, tmp_path)
+    return tmp_path
+
+
+def test_the_report_is_one_file_without_a_reference_to_another(compared):
+    page = (compared / "report.html").read_text()
+    sources = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"'>)]{0,40})""", page)
+    assert len(sources) == 3
+    for source in sources:
+        assert source.startswith("data:image/svg+xml;base64,")
+    pictures = [base64.b64decode(data).decode() for data in re.findall(r"base64,([^\"]+)", page)]
+    for picture in pictures:
+        assert picture.startswith("<?xml")
+        assert not re.findall(r'xlink:href="(?!#)', picture)
+    assert "<script" not in page and "<link" not in page
+    assert "&lt;b&gt;why" in page and "<b>why" not in page and "no &lt;memory&gt;" in page
+    assert "3 finished, 0 diverged, 1 failed of 6 planned" in page
+    assert str(compared) not in page
+    for name in ("final_losses", "curves", "rates"):
+        assert (compared / f"words_{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_same_results_make_the_same_files(compared):
+    names = ["report.html", "table.md", "table.csv", "table.json"]
+    before = [(compared / name).read_bytes() for name in names]
+    write_outputs(make_plan(compared, description="<b>why</b>", sources={"words": "https://example.org"}), compared)
+    assert [(compared / name).read_bytes() for name in names] == before
+
+
+def test_the_tables_hold_the_numbers(compared):
+    lines = (compared / "table.md").read_text().splitlines()
+    assert lines[4].startswith("| sgd | 4 | 1 (edge) | 1.9000 (n=1) | ≥ x1 | 4 (1.03x) |")
+    assert lines[5].startswith("| adamw | 4 | 0.01 (edge) | 2.0000 (n=1) | ≥ x1.1 | 4 | 4 | 1000 | 1.0 MiB | 10 |")
+    with (compared / "table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["method"], float(row["loss"]), row["edge"]) for row in rows] == [
+        ("sgd", 1.9, "True"),
+        ("adamw", 2.0, "True"),
+    ]
+    content = json.loads((compared / "table.json").read_text())
+    assert content["words"][1]["loss_by_rate"] == [[0.01, 2.0], [0.1, 2.5]]
+
+
+# the fields of the files in PEFT's method_comparison/MetaMathQA/results (PEFT 0.21); processing.py there reads them
+RUN_INFO = {"created_at", "total_time", "experiment_name", "peft_branch", "train_config", "peft_config", "error_msg"}
+TRAIN_INFO = {
+    *("accelerator_memory_reserved_avg", "accelerator_memory_max", "accelerator_memory_reserved_99th", "train_time"),
+    *("file_size", "num_trainable_params", "num_total_params", "status", "metrics"),
+}
+META_INFO = {"model_info", "dataset_info", "package_info", "system_info", "pytorch_info"}
+LAST_METRICS = {"step", "test accuracy", "train loss", "train samples", "train total tokens"}
+
+
+def test_the_best_runs_are_there_in_pefts_layout(compared):
+    files = {path.name: json.loads(path.read_text()) for path in (compared / "method_comparison").iterdir()}
+    assert set(files) == {"words--adamw-steps4-lr0.01-seed0.json", "words--sgd-steps4-lr1-seed0.json"}
+    run = files["words--adamw-steps4-lr0.01-seed0.json"]
+    assert set(run) == {"run_info", "train_info", "meta_info"}
+    assert set(run["run_info"]) == RUN_INFO
+    assert set(run["train_info"]) == TRAIN_INFO
+    assert set(run["meta_info"]) == META_INFO
+    assert set(run["train_info"]["metrics"][-1]) >= LAST_METRICS
+    assert run["train_info"]["status"] == "success"
+    assert run["run_info"]["train_config"]["optimizer_kwargs"] == {"lr": 0.01}
+    assert run["run_info"]["train_config"]["model_id"] == "embedded:tiny-lm"
+    assert run["run_info"]["peft_config"]["peft_type"] == "LORA"
+    assert [entry["valid loss"] for entry in run["train_info"]["metrics"]] == [3.5, 2.0, 2.0]
+    assert [entry.get("train time") for entry in run["train_info"]["metrics"]] == [2.0, 2.0, None]
+
+
+def test_there_is_a_report_before_the_first_run_and_after_nothing_but_divergence(tmp_path, capsys):
+    path = write_plan(tmp_path)
+    output = tmp_path / "out"
+    main(["compare", str(path), "--output", str(output), "--report-only", "--set", "data=x"])
+    assert "No run of this task has ended yet" in (output / "report.html").read_text()
+    plan = make_plan(tmp_path)
+    for run in plan.runs():
+        write_result(output, run, result_of(run, "diverged", note="nan", config=run.config))
+    main(["compare", str(path), "--output", str(output), "--report-only"])
+    assert "| diverged |" in (output / "table.md").read_text()
+    assert "4 of 4" in capsys.readouterr().out
+
+
+def test_many_methods_and_budgets_can_be_drawn(tmp_path):
+    overlay = PLAN["methods"]["sgd"]["overlay"]
+    names = ["adamw", *(f"method_{n}" for n in range(9))]
+    methods = {name: {"rates": [0.01, 0.1, 1.0], "overlay": overlay} for name in names}
+    methods["adamw"]["steps"] = [4, 8]
+    plan = make_plan(tmp_path, methods=methods)
+    for place, run in enumerate(plan.runs()):
+        diverges = run.rate == 1.0 and run.seed == 1
+        result = result_of(run, "diverged") if diverges else finished(run, 2 + 0.01 * (place % 13))
+        write_result(tmp_path, run, result)
+    write_outputs(plan, tmp_path)
+    assert "adamw | 8" in (tmp_path / "table.md").read_text()
