@@ -30,7 +30,8 @@ def factor_muon_side(side: Side, *, lr: float, momentum: float, weight_decay: fl
     """One step of Muon on one factor of a batch of pairs; `size` multiplies the learning rate."""
     mean = torch.lerp(side.grad, side.state["momentum_buffer"], momentum)
     direction = newton_schulz(torch.lerp(side.grad, mean, momentum))
-    return Side((1 - lr * weight_decay) * side.value - lr * size * direction, side.grad, {"momentum_buffer": mean})
+    value = (1 - lr * weight_decay) * side.value - lr * size * direction
+    return side._replace(value=value, state={"momentum_buffer": mean})
 
 
 class FactorMuon(PerPairOptimizer):

@@ -22,7 +22,7 @@ def lora_muon_step(b: Side, a: Side, *, lr: float, momentum: float, weight_decay
         root = inverse_root(n, RIDGE * n.norm(dim=(1, 2)))
         direction = msign(mean @ root) @ root
         value = decayed(side.value, -lr / 2 * direction, lr * weight_decay)
-        return Side(value, side.grad, {"momentum_buffer": mean})
+        return side._replace(value=value, state={"momentum_buffer": mean})
 
     return moved(b, a), moved(a, b)
 

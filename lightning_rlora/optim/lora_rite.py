@@ -33,7 +33,7 @@ def lora_rite_step(
         first = torch.lerp(scaled, side.state["first_moment"] @ turn.mT, keep1[:, None, None])
         value = (1 - lr * weight_decay) * side.value - lr * first @ other_root
         state = {"step": step, "basis": basis, "first_moment": first, "second_moment": second, "escaped": escaped}
-        return Side(value, side.grad, state)
+        return side._replace(value=value, state=state)
 
     return moved(b, basis_b, root_a, basis_a, a), moved(a, basis_a, root_b, basis_b, b)
 

@@ -39,11 +39,11 @@ def lora_tsd_step(
     new_b = decayed(b.value, change_b, lr * weight_decay)
     new_a = decayed(a.value, change_a, lr * weight_decay)
     # equal norms, at the same product; gradients go the other way
-    ratio = (new_b.norm(dim=(1, 2)) / new_a.norm(dim=(1, 2)).clamp_min(TINY)).sqrt()[:, None, None]
-    ratio = torch.where((ratio > 0) & (new_a.norm(dim=(1, 2))[:, None, None] > 0), ratio, 1.0)
+    norm_b, norm_a = new_b.norm(dim=(1, 2), keepdim=True), new_a.norm(dim=(1, 2), keepdim=True)
+    ratio = torch.where((norm_b > 0) & (norm_a > 0), norm_b / norm_a, 1.0).sqrt()
     return (
-        Side(new_b / ratio, b.grad, {"momentum_buffer": mean_b * ratio}),
-        Side(new_a * ratio, a.grad, {"momentum_buffer": mean_a / ratio}),
+        b._replace(value=new_b / ratio, state={"momentum_buffer": mean_b * ratio}),
+        a._replace(value=new_a * ratio, state={"momentum_buffer": mean_a / ratio}),
     )
 
 

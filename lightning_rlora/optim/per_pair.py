@@ -78,7 +78,7 @@ class PerPairOptimizer(Optimizer):
         raise NotImplementedError
 
     def update(self, b: Side, a: Side, group: dict[str, Any]) -> tuple[Side, Side]:
-        """Both sides of a batch after one step; of the gradients nothing is used."""
+        """Both sides of a batch with the values and states after one step."""
         raise NotImplementedError
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

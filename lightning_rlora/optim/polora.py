@@ -34,7 +34,7 @@ def polora_step(
         value = decayed(side.value, -share[:, None, None] * direction, lr * weight_decay)
         rows = (side.grad @ root_c).square().mean(-1)
         curvature = torch.lerp(rows, side.state["curvature"], curvature_beta)
-        return Side(value, side.grad, {"momentum_buffer": mean, "curvature": curvature})
+        return side._replace(value=value, state={"momentum_buffer": mean, "curvature": curvature})
 
     return moved(b, a), moved(a, b)
 

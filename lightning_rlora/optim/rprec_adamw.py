@@ -27,7 +27,7 @@ def adamw_side(
     correction1, correction2 = ((1 - beta**step)[:, None, None] for beta in betas)
     direction = (first / correction1) / ((second / correction2).sqrt() + eps)
     value = (1 - lr * weight_decay) * side.value - lr * direction
-    return Side(value, side.grad, {"step": step, "first_moment": first, "second_moment": second})
+    return side._replace(value=value, state={"step": step, "first_moment": first, "second_moment": second})
 
 
 def rprec_adamw_step(b: Side, a: Side, *, damping: float, **adamw: Any) -> tuple[Side, Side]:
