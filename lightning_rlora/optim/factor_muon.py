@@ -43,7 +43,7 @@ class FactorMuon(PerPairOptimizer):
         F <- (1 - lr * weight_decay) F - lr * sqrt(max(1, rows / columns)) * NS((1 - momentum) * g + momentum * M)
 
     It is what torch.optim.Muon does, with all pairs of one shape at once, convolutions flattened to matrices, and the
-    iteration in float64, where torch's runs in bfloat16 and differs from it by about 1e-2. NS whitens each factor on
+    iteration in float64, where torch's runs in bfloat16 and is some 2e-2 of a step away. NS whitens each factor on
     its own, so the method is invariant under orthogonal S of (A, B) -> (S A, B S^-1) and no others. It has no Gram
     matrix to invert: at PEFT's start B = 0 the gradient of A is zero, and A rests.
 

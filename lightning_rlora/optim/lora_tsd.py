@@ -61,10 +61,11 @@ class LoRATSD(PerPairOptimizer):
         D = P(msign(T)), shortened so that |lr D|_F <= max_step_norm
         B <- B - lr D A^T (A A^T)^-1        A <- A - lr (B^T B)^-1 B^T D (I - V V^T)
 
-    so the product's change is -lr D to first order, and there is no retraction beyond that. Afterwards A and B are
-    scaled to equal norms, at the same product. D is Riemannion's direction; momentum is kept with the factors and not
-    transported. The paper has no weight decay; ours shrinks the product, by 1 - lr * weight_decay. Scalings c other
-    than 1 are taken into the factors, half each.
+    so the product's change is -lr D to first order, and there is no retraction beyond that: nothing bounds the second
+    order, the product of both changes, which is large where a factor's smallest singular values are tiny beside lr
+    (after gradients of rank below r, say). Afterwards A and B are scaled to equal norms, at the same product. D is
+    Riemannion's direction; momentum is kept with the factors and not transported. The paper has no weight decay; ours
+    shrinks the product, by 1 - lr * weight_decay. Scalings c other than 1 are taken into the factors, half each.
 
     The step is invariant under (A, B) -> (S A, B S^-1) up to the ridge of the inverses, 1e-8 of a Gram matrix's mean
     diagonal. A factor of zeros has an inverse of zero and spans nothing: from PEFT's start B = 0 only B moves at first.

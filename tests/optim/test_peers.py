@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import peer_oracles
+import peft.optimizers.lorafa
 import pytest
 import torch
 from peer_oracles import Pair
@@ -30,7 +31,8 @@ class Method:
         oracle: Its step on one dense pair.
         rate: A learning rate for the small problem.
         orthogonal: How far products of runs from (A, B) and (S A, B S^-1) differ after ten steps, orthogonal S.
-        general: The same for S of condition 5, where the method claims to be invariant.
+        general: The same for S of condition 5, where the method claims to be invariant; the bounds are 5 to 5000 times
+            what was measured.
     """
 
     kind: type
@@ -170,6 +172,25 @@ def test_factor_muon_is_torchs_muon(iteration, monkeypatch):
     assert error < {"bfloat16": 5e-2, "double": 1e-6}[iteration]  # measured 2e-2, 1e-7
 
 
+def test_lora_fa_is_pefts(monkeypatch):
+    """PEFT's own projects in bfloat16, which is switched off here, and adds eps before Adam's correction: no eps."""
+    monkeypatch.setattr(peft.optimizers.lorafa, "is_bf16_available", lambda: False)
+    model, twin = (adapted(target_modules=["linear", "other_linear"]) for _ in range(2))
+    steps = the_gradients(model, 5)
+    run(model, OPTIMIZERS["LoRAFA"], steps, lr=0.02, betas=(0.9, 0.999), eps=1e-14, weight_decay=0.0)
+    for p in head(twin):
+        p.requires_grad_(False)
+    pairs = find_pairs(twin)
+    other = peft.optimizers.create_lorafa_optimizer(twin, r=3, lora_alpha=6, lr=0.02)
+    other.param_groups[0]["eps"] = 1e-14
+    for step in steps:
+        hand_over(pairs, step)
+        other.step()
+    error = furthest(products(model), [pair.scaling * (pair.b @ pair.a).detach() for pair in pairs])
+    print(f"\n{error:.1e}")
+    assert error < 1e-5  # measured 7.7e-08
+
+
 @every_method
 def test_re_factoring(method):
     """Where a method claims invariance the product does not depend on S; elsewhere it does, and clearly."""
@@ -198,8 +219,8 @@ def test_re_factoring_on_the_way(name):
             hand_over(find_pairs(m), step)
             o.step()
         balance(find_pairs(twin), other.state)
-    # the ridges know the factorisation: measured 2e-5 for LoRA-Muon
-    assert furthest(products(model), products(twin)) < 1e-3
+    # the ridges know the factorisation: measured 1e-6 for LoRA-Muon, 8e-10 for LoRA-TSD, 2e-15 for LoRA-RITE
+    assert furthest(products(model), products(twin)) < 1e-5
 
 
 @every_method
@@ -226,6 +247,21 @@ def test_the_loss_falls(method):
         losses.append(loss.item())
     print(f"\n{method.kind.__name__}: {losses[0]:.3f} -> {losses[-1]:.4f}")
     assert losses[-1] < 0.2 * losses[0]  # measured 0.003 to 0.13
+
+
+@every_method
+@pytest.mark.parametrize("size", [1e-12, 1.0, 1e12])
+@pytest.mark.parametrize("rank", [1, 9])
+def test_gradients_of_any_size_and_rank_from_pefts_start(method, size, rank):
+    """Nothing overflows; a constant gradient of full rank is followed. (Of rank 1, factors stay next to singular.)"""
+    model = adapted()
+    for pair in find_pairs(model):
+        nn.init.zeros_(pair.b)
+    step = [size * g[:, :rank] @ g[:rank] for g in the_gradients(model, 1)[0]]
+    run(model, method, [step] * 10)
+    for product, g in zip(products(model), step, strict=True):
+        assert torch.isfinite(product).all()
+        assert rank == 1 or (product * g).sum() < 0
 
 
 @every_method
@@ -309,7 +345,7 @@ def test_pairs_do_not_know_of_each_other_or_of_autocast(method):
             optimizer.step()
         for single in singles:
             single.step()
-    assert furthest(products(model), products(twin)) < 1e-6  # measured 0 to 1e-7
+    assert furthest(products(model), products(twin)) < 1e-6  # measured 0
     assert not any(torch.equal(p, q) for p, q in zip(head(model), head(twin), strict=True))
 
 
