@@ -1,0 +1,104 @@
+"""LoRA-TSD: a spectral step in the tangent space of the rank-r matrices, taken by the factors themselves."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_rlora.optim.lora_muon import decayed
+from lightning_rlora.optim.per_pair import PerPairOptimizer, Side, in_weight_units
+from lightning_rlora.optim.roots import gram, inverse_root, msign
+
+RIDGE = 1e-8
+"""Added to the diagonal of a Gram matrix, as a share of its mean."""
+
+TINY = 1e-30
+
+
+def lora_tsd_step(
+    b: Side, a: Side, *, lr: float, momentum: float, weight_decay: float, max_step_norm: float
+) -> tuple[Side, Side]:
+    """One step of `LoRATSD` on a batch of pairs."""
+    mean_b, mean_a = (torch.lerp(side.grad, side.state["momentum_buffer"], momentum) for side in (b, a))
+    root_b, root_a = (_inverse_root(side.value) for side in (b, a))
+    u, v = b.value @ root_b, a.value @ root_a
+    # the tangent part U K V^T + U Y^T + Z V^T of a gradient G, from G V and G^T U; Y and Z are orthogonal to V and U
+    gv, gu = mean_b @ root_a, mean_a @ root_b
+    k = gu.mT @ v
+    z, y = gv - u @ (u.mT @ gv), gu - v @ (v.mT @ gu)
+    q_z, q_y = msign(z), msign(y)
+    r = k.shape[-1]
+    core = k.new_zeros(len(k), 2 * r, 2 * r)
+    core[:, :r, :r], core[:, :r, r:], core[:, r:, :r] = k, y.mT @ q_y, q_z.mT @ z
+    polar = msign(core)
+    polar[:, r:, r:] = 0  # no tangent vector has a part orthogonal to both U and V
+    rate = (max_step_norm / polar.norm(dim=(1, 2)).clamp_min(TINY)).clamp_max(lr)[:, None, None]
+    change_b = -rate * (u @ polar[:, :r, :r] + q_z @ polar[:, r:, :r]) @ root_a
+    change_a = -rate * (q_y @ polar[:, :r, r:].mT) @ root_b
+    new_b = decayed(b.value, change_b, lr * weight_decay)
+    new_a = decayed(a.value, change_a, lr * weight_decay)
+    # equal norms, at the same product; gradients go the other way
+    norm_b, norm_a = new_b.norm(dim=(1, 2), keepdim=True), new_a.norm(dim=(1, 2), keepdim=True)
+    ratio = torch.where((norm_b > 0) & (norm_a > 0), norm_b / norm_a, 1.0).sqrt()
+    return (
+        b._replace(value=new_b / ratio, state={"momentum_buffer": mean_b * ratio}),
+        a._replace(value=new_a * ratio, state={"momentum_buffer": mean_a / ratio}),
+    )
+
+
+def _inverse_root(factor: Tensor) -> Tensor:
+    n = gram(factor)
+    return inverse_root(n, RIDGE * n.diagonal(dim1=1, dim2=2).mean(-1))
+
+
+class LoRATSD(PerPairOptimizer):
+    """Tangent-space spectral descent of the product X = W + c B A (arXiv 2609.02734).
+
+    With M_A, M_B running means of the factor gradients, U and V orthonormal bases of B's columns and A's rows:
+
+        T = P(G), the tangent vector at B A with G V and G^T U taken from M_B and M_A
+        D = P(msign(T)), shortened so that |lr D|_F <= max_step_norm
+        B <- B - lr D A^T (A A^T)^-1        A <- A - lr (B^T B)^-1 B^T D (I - V V^T)
+
+    so the product's change is -lr D to first order, and there is no retraction beyond that: nothing bounds the second
+    order, the product of both changes, which is large where a factor's smallest singular values are tiny beside lr
+    (after gradients of rank below r, say). Afterwards A and B are scaled to equal norms, at the same product. D is
+    Riemannion's direction; momentum is kept with the factors and not transported. The paper has no weight decay; ours
+    shrinks the product, by 1 - lr * weight_decay. Scalings c other than 1 are taken into the factors, half each.
+
+    The step is invariant under (A, B) -> (S A, B S^-1) up to the ridge of the inverses, 1e-8 of a Gram matrix's mean
+    diagonal. A factor of zeros has an inverse of zero and spans nothing: from PEFT's start B = 0 only B moves at first.
+
+    Args:
+        params: As for `RPrecAdamW`.
+        lr: Spectral norm of a step's orthogonalised tangent vector, in units of the weights.
+        momentum: Share of the momentum kept at each step.
+        weight_decay: Rate at which the product shrinks (times lr); for AdamW groups their decoupled weight decay.
+        max_step_norm: Largest Frobenius norm of the product's change in a step.
+        adamw_lr: Learning rate of AdamW groups that bring none.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        max_step_norm: float = 0.1,
+        adamw_lr: float = 1e-4,
+    ) -> None:
+        super().__init__(
+            params,
+            {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "max_step_norm": max_step_norm},
+            adamw_lr=adamw_lr,
+        )
+
+    def start(self, factor: Tensor) -> dict[str, Tensor]:
+        """The running mean of the gradient."""
+        return {"momentum_buffer": torch.zeros_like(factor)}
+
+    def update(self, b: Side, a: Side, group: dict[str, Any]) -> tuple[Side, Side]:
+        """See `lora_tsd_step`."""
+        numbers = {n: group[n] for n in ("lr", "momentum", "weight_decay", "max_step_norm")}
+        return in_weight_units(lora_tsd_step, b, a, group["scaling"], **numbers)

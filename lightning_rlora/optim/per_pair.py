@@ -1,0 +1,235 @@
+"""The optimizer object behind the methods that move the factors A and B as they are: groups, state, batches."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_rlora.errors import UserError
+from lightning_rlora.optim.adamw import adamw_step
+from lightning_rlora.optim.groups import check_pair, parameter_groups
+
+
+class Side(NamedTuple):
+    """One factor of all pairs of one shape, as tall matrices: B (L, m, r), or A transposed (L, n, r).
+
+    So every rule for B, given A, is a rule for A, given B. All tensors are float64.
+
+    Attributes:
+        value: The factors, (L, k, r).
+        grad: The loss gradients with respect to them.
+        state: What the method keeps of each factor between steps; tensors (L, ...).
+    """
+
+    value: Tensor
+    grad: Tensor
+    state: dict[str, Tensor]
+
+
+class PerPairOptimizer(Optimizer):
+    """One optimizer object for LoRA pairs, moved by a method of its own, and AdamW for everything else that trains.
+
+    Pairs of one shape step together, in float64 whatever surrounds the step. A subclass says what it keeps of a factor
+    (`start`) and how a batch of pairs moves (`update`, a pure function behind it). A factor of zeros, as PEFT starts B
+    with, is a factor like any other.
+
+    Args:
+        params: Parameter groups; `parameter_groups(model)` makes them, `for_model` does both. Groups hold pairs,
+            `params` = A, B, A, B, ... and their `scaling`, or anything, with `algorithm` adamw.
+        defaults: Options of the groups.
+        adamw_lr: Learning rate of AdamW groups that bring none.
+
+    Raises:
+        UserError: If a group's parameters are not pairs of factors, or are not float32 or float64, or an option is out
+            of its range.
+    """
+
+    def __init__(
+        self, params: Iterable[Tensor] | Iterable[dict[str, Any]], defaults: dict[str, Any], *, adamw_lr: float
+    ) -> None:
+        self._adamw_lr = adamw_lr
+        own = {"scaling": 1.0, "algorithm": type(self).__name__.lower(), "betas": (0.9, 0.999), "eps": 1e-8}
+        super().__init__(params, own | defaults)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy needs beyond groups and state, which is all that torch's optimizers copy."""
+        return super().__getstate__() | {"_adamw_lr": self._adamw_lr}
+
+    @classmethod
+    def for_model(cls, model: nn.Module, **options: Any) -> Self:
+        """The optimizer of everything that trains in an adapted model.
+
+        Args:
+            model: A model that PEFT adapted, or a module that contains one.
+            options: The constructor's options (lr, weight_decay, ...).
+
+        Raises:
+            UserError: If nothing in the model is trainable.
+        """
+        return cls(parameter_groups(model), **options)
+
+    def start(self, factor: Tensor) -> dict[str, Tensor]:
+        """The state of a tall factor (k, r) before its first step; what has two dimensions is laid out like it."""
+        raise NotImplementedError
+
+    def update(self, b: Side, a: Side, group: dict[str, Any]) -> tuple[Side, Side]:
+        """Both sides of a batch with the values and states after one step."""
+        raise NotImplementedError
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of pairs or an AdamW group."""
+        algorithm = param_group.get("algorithm", self.defaults["algorithm"])
+        if algorithm == "adamw":
+            param_group.setdefault("lr", self._adamw_lr)
+        elif algorithm != self.defaults["algorithm"]:
+            raise UserError(
+                f"unknown algorithm {algorithm!r} of a parameter group of {type(self).__name__}: leave it out for LoRA "
+                "pairs, or use adamw"
+            )
+        check_options(self.defaults | param_group, type(self).__name__)
+        if algorithm != "adamw":
+            param_group["params"] = params = list(param_group["params"])
+            if len(params) % 2:
+                raise UserError(
+                    f"a group of LoRA pairs holds {len(params)} parameters, an odd number: give them as A, B, A, B, "
+                    "..., or the group algorithm='adamw'"
+                )
+            for a, b in zip(params[::2], params[1::2], strict=True):
+                check_pair(a, b, param_group.get("scaling", 1.0))
+        super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state of an optimizer of this kind for an adapter of the same shapes.
+
+        Raises:
+            UserError: If it is another optimizer's, or another adapter's.
+        """
+        for saved in state_dict["param_groups"]:
+            if saved.get("algorithm") not in ("adamw", self.defaults["algorithm"]):
+                raise UserError(f"this is the state of another optimizer than {type(self).__name__}")
+        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=False):
+            if group["algorithm"] == "adamw":
+                continue
+            for i, (index, factor) in enumerate(zip(saved["params"], group["params"], strict=False)):
+                entry = state_dict["state"].get(index, {})
+                expected = self._start(factor, transposed=i % 2 == 0)
+                if entry and {k: v.shape for k, v in entry.items()} != {k: v.shape for k, v in expected.items()}:
+                    raise UserError("this is the state of an optimizer for an adapter of another rank or other layers")
+        super().load_state_dict(state_dict)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of every group.
+
+        Args:
+            closure: Re-evaluates the loss and its gradients; run first, with gradients enabled.
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            UserError: If the gradient is not finite. Nothing has been changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not _all_finite([p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]):
+            raise UserError("the gradient is not finite: lower the learning rate, clip it, or look for bad input data")
+        for group in self.param_groups:
+            if group["algorithm"] == "adamw":
+                adamw_step(group, self.state, 1.0)
+                continue
+            for pairs in _alike(group["params"]):
+                a, b = (list(factors) for factors in zip(*pairs, strict=True))
+                new_b, new_a = self.update(self._side(b), self._side(a, transposed=True), group)
+                self._write(b, new_b)
+                self._write(a, new_a, transposed=True)
+        return loss
+
+    def _start(self, factor: Tensor, transposed: bool) -> dict[str, Tensor]:
+        state = self.start(_turned(factor.detach().flatten(1), transposed))
+        return {name: _turned(value, transposed).contiguous() for name, value in state.items()}
+
+    def _side(self, factors: list[Tensor], transposed: bool = False) -> Side:
+        for factor in factors:
+            if not self.state[factor]:
+                self.state[factor] = self._start(factor, transposed)
+
+        def stacked(tensors: list[Tensor]) -> Tensor:
+            stack = torch.stack([tensor.to(factors[0].device) for tensor in tensors]).double()
+            return _turned(stack.flatten(2) if stack.ndim > 2 else stack, transposed, batched=True)
+
+        state = {name: stacked([self.state[p][name] for p in factors]) for name in self.state[factors[0]]}
+        return Side(stacked(factors), stacked([p.grad for p in factors if p.grad is not None]), state)
+
+    def _write(self, factors: list[Tensor], side: Side, transposed: bool = False) -> None:
+        for name, stack in side.state.items():
+            _copy([self.state[p][name] for p in factors], _turned(stack, transposed, batched=True))
+        _copy(factors, _turned(side.value, transposed, batched=True))
+
+
+def in_weight_units(
+    step: Callable[..., tuple[Side, Side]], b: Side, a: Side, scaling: float, **numbers: Any
+) -> tuple[Side, Side]:
+    """A step for W + B A where the layer is W + c B A: each factor takes a square root of c with it.
+
+    Learning rates then count in the weight itself, and do not depend on lora_alpha.
+    """
+    root = scaling**0.5
+    b, a = (Side(side.value * root, side.grad / root, side.state) for side in (b, a))
+    b, a = step(b, a, **numbers)
+    return b._replace(value=b.value / root), a._replace(value=a.value / root)
+
+
+def check_options(options: dict[str, Any], optimizer: str) -> None:
+    """Refuse options of a group that no step can take, with a UserError."""
+    for name in ("lr", "weight_decay", "eps"):
+        if not options[name] >= 0:
+            raise UserError(f"{name} = {options[name]} of {optimizer} must not be negative")
+    shares = {"betas": options["betas"]} | {n: (options[n],) for n in ("momentum", "curvature_beta") if n in options}
+    for name, values in shares.items():
+        if not all(0 <= value < 1 for value in values):
+            raise UserError(f"{name} = {options[name]} of {optimizer} must be at least 0 and below 1")
+    if not options["lr"] * options["weight_decay"] < 1:
+        raise UserError(
+            f"lr * weight_decay of {optimizer} is {options['lr'] * options['weight_decay']}: keep it below 1"
+        )
+    for name in ("damping", "max_step_norm"):
+        if name in options and not options[name] > 0:
+            raise UserError(f"{name} = {options[name]} of {optimizer} must be positive")
+
+
+def _alike(params: list[Tensor]) -> list[list[tuple[Tensor, Tensor]]]:
+    """The pairs (A, B) that have gradients, those of one shape, dtype and device together."""
+    found: dict[Hashable, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    for a, b in zip(params[::2], params[1::2], strict=True):
+        if a.grad is not None and b.grad is not None:
+            found[a.shape, b.shape, a.dtype, a.device].append((a, b))
+    return list(found.values())
+
+
+def _turned(x: Tensor, transposed: bool, batched: bool = False) -> Tensor:
+    """Matrices between their own layout and the tall one; vectors and numbers have only one."""
+    return x.mT if transposed and x.ndim == 2 + batched else x
+
+
+def _copy(to: list[Tensor], stack: Tensor) -> None:
+    torch._foreach_copy_(to, [new.reshape(old.shape) for old, new in zip(to, stack.unbind(), strict=True)])
+
+
+def _all_finite(gradients: list[Tensor]) -> bool:
+    """Whether all entries are finite; each device is waited for once."""
+    devices: dict[torch.device, list[Tensor]] = defaultdict(list)
+    for gradient in gradients:
+        devices[gradient.device].append(gradient)
+    # the largest entry, since a sum of squares may overflow
+    return all(
+        bool(torch.isfinite(torch.stack(torch._foreach_norm(some, torch.inf, torch.float64))).all())
+        for some in devices.values()
+    )
