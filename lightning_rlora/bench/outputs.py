@@ -38,6 +38,7 @@ def cells(row: Row, reference: Row | None) -> Cells:
         "steps": str(row.steps),
         "best rate": "" if diverged_everywhere else f"{row.rate:g}" + (" (edge)" if row.edge else ""),
         "validation loss": "diverged" if diverged_everywhere else number_with_spread(row),
+        "accuracy": _percent(row),
         "rates within 1 %": ""
         if diverged_everywhere
         else ("≥ " if window.open_low or window.open_high else "") + f"x{window.ratio:.2g}",
@@ -81,9 +82,10 @@ def markdown(tables: dict[str, list[Row]], plan: Plan) -> str:
 def explanation(plan: Plan) -> str:
     """What the columns mean, in a few sentences."""
     return (
-        "Validation loss: in nats per token at the last step, mean and standard deviation over n seeds, at the best of "
-        "the rates tried by that very mean; (edge): no rate was tried below or above. Rates within 1 %: highest over "
-        "lowest rate around the best whose loss is at most 1 % above the best (≥: as far as was tried). Reference: the "
+        "Validation loss: in nats (per token, of language models) at the last step, mean and standard deviation over n "
+        "seeds, at the best of the rates tried by that very mean; (edge): no rate was tried below or above. Accuracy: "
+        "of classes or, of language models, next tokens, in the same runs. Rates within 1 %: highest over lowest rate "
+        "around the best whose loss is at most 1 % above the best (≥: as far as was tried). Reference: the "
         f"loss at the end of {plan.reference} with its best rate and {plan.steps[0]} steps; in brackets its steps over "
         "the method's; each run decays its rate over its own budget. Seconds of training leave validations out; where "
         "several runs shared a device, they slowed each other down."
@@ -216,6 +218,12 @@ def _number(value: float | None, factor: int = 1) -> str:
     if value is None:
         return ""
     return f"{factor * value:.0f}" if factor * value >= 100 else f"{factor * value:.3g}"
+
+
+def _percent(row: Row) -> str:
+    if row.accuracy is None:
+        return ""
+    return f"{row.accuracy:.2%}" + ("" if row.accuracy_spread is None else f" ± {100 * row.accuracy_spread:.2f}")
 
 
 def _size(size: int | None) -> str:

@@ -46,6 +46,8 @@ class Row:
         edge: Whether no rate was tried below, or none above: the best may lie outside.
         loss: That mean.
         spread: Standard deviation over seeds (n - 1 in the denominator); None with a single seed.
+        accuracy: Mean of the validation accuracies at the end, at the rate that the loss chose; None if not measured.
+        accuracy_spread: Their standard deviation over seeds; None with a single seed.
         seeds: How many seeds finished at the best rate.
         by_rate: Mean loss by rate; infinite where a run diverged.
         window: Rates within 1 % of the best.
@@ -66,6 +68,8 @@ class Row:
     edge: bool
     loss: float
     spread: float | None
+    accuracy: float | None
+    accuracy_spread: float | None
     seeds: int
     by_rate: dict[float, float]
     window: RateWindow
@@ -106,6 +110,7 @@ def _row(group: Sequence[Result], goal: float | None) -> Row:
     rate = best_rate(by_rate)
     best = [result for result in group if result.rate == rate]
     losses = [result.loss for result in best]
+    accuracies = [result.accuracy[-1][1] for result in best if result.accuracy]
     curve = mean_curve([result.validation for result in best]) if math.isfinite(by_rate[rate]) else []
     reached = first_reach(curve, goal) if goal is not None else None
     seconds = mean_curve([_seconds(result) for result in best]) if curve else []
@@ -119,6 +124,8 @@ def _row(group: Sequence[Result], goal: float | None) -> Row:
         edge=rate in (min(by_rate), max(by_rate)),
         loss=by_rate[rate],
         spread=statistics.stdev(losses) if len(losses) > 1 and curve else None,
+        accuracy=statistics.fmean(accuracies) if accuracies and curve else None,
+        accuracy_spread=statistics.stdev(accuracies) if len(accuracies) > 1 and curve else None,
         seeds=len(best),
         by_rate=by_rate,
         window=rate_window(by_rate),

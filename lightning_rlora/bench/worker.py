@@ -111,6 +111,7 @@ def execute(job: Job, device: str, fit: Fit) -> tuple[Result, bool]:
         note=note,
         validation=[(step, loss) for step, loss in validation if math.isfinite(loss)],
         train=[(step, loss) for step, loss in train if math.isfinite(loss)],
+        accuracy=_curve(folder, "val/accuracy"),
         cost=_read_json(folder / "cost.json"),
         adapter=_adapter(folder / "adapter"),
         meta={

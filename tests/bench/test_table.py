@@ -86,6 +86,7 @@ def test_a_row_tells_of_the_best_rate_over_seeds(tmp_path):
     assert (adamw.method, adamw.rate, adamw.seeds, adamw.runs, adamw.diverged) == ("adamw", 0.01, 2, 4, 0)
     assert adamw.loss == pytest.approx(2.1)
     assert adamw.spread == pytest.approx(statistics.stdev([2.0, 2.2]))
+    assert (adamw.accuracy, adamw.accuracy_spread) == pytest.approx((0.75, statistics.stdev([1.0, 0.5])))
     assert adamw.edge and sgd.edge
     assert adamw.by_rate == pytest.approx({0.01: 2.1, 0.1: 2.6})
     assert (adamw.steps_to_reference, adamw.seconds_to_reference) == (4, 6)  # the mean of 1 and 2 seconds a step
