@@ -17,9 +17,15 @@ from peft import (
     get_peft_model,
     prepare_model_for_kbit_training,
 )
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, get_peft_model_state_dict, load_peft_weights
+from peft.utils import (
+    SAFETENSORS_WEIGHTS_NAME,
+    WEIGHTS_NAME,
+    ModulesToSaveWrapper,
+    get_peft_model_state_dict,
+    load_peft_weights,
+)
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_rlora.errors import UserError
 
@@ -104,6 +110,21 @@ def prepare(model: nn.Module) -> nn.Module:
     if getattr(model, "is_quantized", False):
         return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return model
+
+
+def float32_heads(model: nn.Module) -> None:
+    """Keep what is trained and saved as a whole (PEFT's `modules_to_save`) in float32, as the factors are.
+
+    Their inputs are cast, so that they stand behind a half-precision base without autocast too.
+    """
+    for wrapper in model.modules():
+        if isinstance(wrapper, ModulesToSaveWrapper):
+            for head in wrapper.modules_to_save.values():
+                head.float().register_forward_pre_hook(_cast_inputs)
+
+
+def _cast_inputs(head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
 
 
 def find_adapted(module: nn.Module) -> nn.Module:
