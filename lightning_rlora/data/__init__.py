@@ -1,5 +1,6 @@
 """Data modules."""
 
+from lightning_rlora.data.classification import ClassificationData
 from lightning_rlora.data.text import TextData
 
-__all__ = ["TextData"]
+__all__ = ["ClassificationData", "TextData"]

@@ -181,6 +181,8 @@ class AdaptedModel(LightningModule, ABC):
         """
         self._finite_loss.check()
         checkpoint["state_dict"] = keep_adapter(self, checkpoint["state_dict"])
+        # whose subclass it may be: a class in somebody's script cannot be imported again
+        checkpoint["module"] = next(c.__name__ for c in type(self).__mro__ if c.__module__.startswith(__package__))
         checkpoint["scalings"] = self._scalings()
         checkpoint["optimizer_names"] = self._optimizer_names()
         checkpoint["rng"] = self._rng_to_restore or _save_rng()

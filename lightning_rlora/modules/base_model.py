@@ -88,7 +88,7 @@ def _load(
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             # bitsandbytes repacks 4-bit weights at the first evaluation on such processors, and cannot train them after
-            layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            layer.support_avx512bf16_for_cpu = False
     return model, info["missing_keys"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -92,7 +93,7 @@ class SequenceClassification(AdaptedModel):
         super().__init__(
             model,
             task_type="SEQ_CLS",
-            adapter=None if adapter_path and adapter is None else _with_head(adapter or {}, lacking),
+            adapter=adapter if adapter_path else _with_head(adapter or {}, lacking),
             adapter_path=adapter_path,
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,
@@ -101,6 +102,7 @@ class SequenceClassification(AdaptedModel):
         )
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
         float32_heads(self.model)
+        _check_head(self.model, lacking)
         self.tokenizer = tokenizer
         self.task = task
         self.class_names = list(scoring.class_names)
@@ -143,11 +145,11 @@ class SequenceClassification(AdaptedModel):
         metrics: Any = self._metrics[stage + which]
         metrics["loss"].update(self.loss(batch, output), weight=len(batch["labels"]))
         predictions = output.logits.argmax(-1) if self.class_names else output.logits[:, 0].float()
-        for name, metric in metrics.items():
-            if name != "loss":
+        for key, metric in metrics.items():
+            if key != "loss":
                 metric.update(predictions, batch["labels"])
-            shown = {"prog_bar": True, "add_dataloader_idx": False}
-            self.log(f"{stage}/{name}{which}", metric, on_step=False, on_epoch=True, **shown)
+            name = f"{stage}/{key}{which}"
+            self.log(name, metric, on_step=False, on_epoch=True, prog_bar=True, add_dataloader_idx=False)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """The texts with the most probable `label` and its `probability`, or with a `score` for regression."""
@@ -174,7 +176,9 @@ def _scoring(task: str | None, num_labels: int | None, class_names: list[str] | 
         return custom_task([str(number) for number in range(num_labels)] if num_labels > 1 else [])
     assert class_names is not None
     if len(class_names) < 2 or len(set(class_names)) < len(class_names):
-        raise UserError(f"class_names = {class_names}: give two or more different names, or num_labels: 1 for regression")
+        raise UserError(
+            f"class_names = {class_names}: give two or more different names, or num_labels: 1 for regression"
+        )
     return custom_task(class_names)
 
 
@@ -182,3 +186,11 @@ def _with_head(adapter: dict[str, Any], lacking: list[str]) -> dict[str, Any]:
     """The fields of an adapter that also trains and saves what the base lacks beyond the heads that PEFT knows."""
     extra = [name for name in lacking if not _HEADS & set(name.split("."))]
     return adapter | ({"modules_to_save": [*(adapter.get("modules_to_save") or []), *extra]} if extra else {})
+
+
+def _check_head(model: nn.Module, lacking: list[str]) -> None:
+    """Refuse to leave at random what the base lacks, as a saved adapter that was not made for a classifier would."""
+    trained = [re.sub(r"\.modules_to_save\.[^.]+", "", key) for key, p in model.named_parameters() if p.requires_grad]
+    for name in lacking:
+        if not any(f".{name}." in key for key in trained):
+            raise UserError(f"neither the base nor the adapter has {name!r}: give an adapter made for classification")
