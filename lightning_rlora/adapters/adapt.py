@@ -96,7 +96,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> PeftModel:
         saved = _factor_keys(load_peft_weights(str(folder), device="cpu"))
     except (SafetensorError, json.JSONDecodeError, pickle.UnpicklingError, EOFError) as error:
         raise UserError(f"the adapter in {folder} is broken: {_one_line(error)}") from error
-    except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise UserError(f"the adapter in {folder} does not fit the base model: {_one_line(error)}") from error
     # PEFT only warns of factors that find no place or get no values
     odd = saved ^ _factor_keys(get_peft_model_state_dict(adapted, save_embedding_layers=False))

@@ -89,7 +89,9 @@ class SequenceClassification(AdaptedModel):
             quantization=quantization,
             trust_remote_code=trust_remote_code,
         )
-        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id  # decoders look for the last other token
+        config = model.config.get_text_config()
+        config.pad_token_id = tokenizer.pad_token_id  # decoders look for the last other token
+        config.use_cache = False
         super().__init__(
             model,
             task_type="SEQ_CLS",
@@ -106,7 +108,7 @@ class SequenceClassification(AdaptedModel):
         self.tokenizer = tokenizer
         self.task = task
         self.class_names = list(scoring.class_names)
-        self._takes_token_types = getattr(model.config, "type_vocab_size", 0) > 1
+        self._takes_token_types = getattr(config, "type_vocab_size", 0) > 1
         self._sets = ("", *(f"_{name}" for name in scoring.extra_sets))
         self._metrics = nn.ModuleDict(
             {
