@@ -139,19 +139,31 @@ class SequenceClassification(AdaptedModel):
         """Update test/loss and the task's metrics."""
         self._evaluate(batch, "test", dataloader_idx)
 
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics of all validation sets; Lightning loses those of several if a step of a sanity check does."""
+        self._log_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the metrics of all test sets."""
+        self._log_metrics("test")
+
     def _evaluate(self, batch: dict[str, Any], stage: str, dataloader_idx: int) -> None:
         if dataloader_idx >= len(self._sets):
             raise UserError(f"{dataloader_idx + 1} data sets to evaluate on, where the task has {len(self._sets)}")
-        which = self._sets[dataloader_idx]
         output = self(batch)
-        metrics: Any = self._metrics[stage + which]
+        metrics: Any = self._metrics[stage + self._sets[dataloader_idx]]
         metrics["loss"].update(self.loss(batch, output), weight=len(batch["labels"]))
         predictions = output.logits.argmax(-1) if self.class_names else output.logits[:, 0].float()
-        for key, metric in metrics.items():
-            if key != "loss":
+        for name, metric in metrics.items():
+            if name != "loss":
                 metric.update(predictions, batch["labels"])
-            name = f"{stage}/{key}{which}"
-            self.log(name, metric, on_step=False, on_epoch=True, prog_bar=True, add_dataloader_idx=False)
+
+    def _log_metrics(self, stage: str) -> None:
+        for which in self._sets:
+            metrics: Any = self._metrics[stage + which]
+            for name, metric in metrics.items():
+                if metric.update_called:  # a set of the task need not be there
+                    self.log(f"{stage}/{name}{which}", metric, prog_bar=True)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """The texts with the most probable `label` and its `probability`, or with a `score` for regression."""

@@ -351,6 +351,39 @@ def test_a_run_from_a_configuration(bases, table, tmp_path, monkeypatch, capsys)
         torch.testing.assert_close(found, trained, rtol=0, atol=2e-5)
 
 
+def test_mnli_from_the_hub_by_the_command_line(bases, tmp_path, monkeypatch):
+    """Both validation sets stand in the record of the run, the sanity validation included."""
+
+    def load_hub(source, stage, config, streaming):
+        size = {"train": 48, "validation_matched": 9, "validation_mismatched": 6}[source.partition("#")[2]]
+        texts = {"premise": "the cat sat", "hypothesis": "it ran"}
+        return [texts | {"label": number % 3, "idx": number} for number in range(size)]
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lightning_rlora.data.sources.load_hub", load_hub)
+    monkeypatch.setattr("lightning_rlora.data.source_data.load_hub", lambda *args, **kwargs: None)
+    arguments = ["--model", "SequenceClassification", "--model.base", bases["roberta"], "--model.task", "mnli"]
+    arguments += [
+        "--data",
+        "ClassificationData",
+        "--data.task",
+        "mnli",
+        "--data.batch_size",
+        "4",
+        "--data.max_length",
+        "16",
+    ]
+    arguments += ["--trainer.max_steps", "4", "--trainer.val_check_interval", "2", "--trainer.default_root_dir", "run"]
+    arguments += ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
+    main(["fit", *arguments])
+    header, *rows = Path("run/metrics.csv").read_text().splitlines()
+    names = ["val/loss", "val/accuracy", "val/loss_mismatched", "val/accuracy_mismatched"]
+    assert header.split(",") == ["step", "train/loss", *names]
+    assert [row.split(",")[0] for row in rows] == ["0", "2", "4"]
+    # every text is the same, so is every prediction, and a third of each set has its label
+    assert all(abs(float(row.split(",")[i]) - 1 / 3) < 1e-6 for row in rows for i in (3, 5))
+
+
 def test_predictions_of_a_number_and_of_classes(bases):
     tokenized = SequenceClassification(bases["bert"], task="stsb", adapter=ADAPTER).eval()
     batch = batch_of(tokenized.tokenizer, TEXTS, records=[{"sentence1": text} for text in TEXTS])
