@@ -140,7 +140,7 @@ class SequenceClassification(AdaptedModel):
         self._evaluate(batch, "test", dataloader_idx)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the metrics of all validation sets; Lightning loses those of several if a step of a sanity check does."""
+        """Log the metrics of all validation sets; logged by the steps, those of several miss in a sanity check."""
         self._log_metrics("val")
 
     def on_test_epoch_end(self) -> None:
