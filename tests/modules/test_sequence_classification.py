@@ -286,9 +286,9 @@ CONFIG = """
 seed_everything: 0
 trainer:
   accelerator: cpu
-  max_steps: 40
+  max_steps: 24
   max_epochs: -1
-  val_check_interval: 20
+  val_check_interval: 12
   check_val_every_n_epoch: null
   log_every_n_steps: 3
   enable_progress_bar: false
