@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_rlora.adapters import export_adapter, find_pairs, merge_adapter, track_offsets
     from lightning_rlora.callbacks import AdapterOnlyCheckpoint, LocallyOptimalInit, Retraction, SpectrumMonitor
-    from lightning_rlora.data import ReasoningData, TextData
+    from lightning_rlora.data import ClassificationData, ReasoningData, TextData
     from lightning_rlora.errors import UserError
     from lightning_rlora.init import locally_optimal_init
-    from lightning_rlora.modules import CausalLM
+    from lightning_rlora.modules import CausalLM, SequenceClassification
     from lightning_rlora.optim import RiemannianSGD, Riemannion
 
 _HOMES = {
     "adapters": ("export_adapter", "find_pairs", "merge_adapter", "track_offsets"),
     "callbacks": ("AdapterOnlyCheckpoint", "LocallyOptimalInit", "Retraction", "SpectrumMonitor"),
-    "data": ("ReasoningData", "TextData"),
+    "data": ("ClassificationData", "ReasoningData", "TextData"),
     "errors": ("UserError",),
     "init": ("locally_optimal_init",),
-    "modules": ("CausalLM",),
+    "modules": ("CausalLM", "SequenceClassification"),
     "optim": ("RiemannianSGD", "Riemannion"),
 }
 
@@ -30,11 +30,13 @@ __version__ = version("lightning-rlora")
 __all__ = [
     "AdapterOnlyCheckpoint",
     "CausalLM",
+    "ClassificationData",
     "LocallyOptimalInit",
     "ReasoningData",
     "Retraction",
     "RiemannianSGD",
     "Riemannion",
+    "SequenceClassification",
     "SpectrumMonitor",
     "TextData",
     "UserError",

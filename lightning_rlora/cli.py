@@ -21,7 +21,7 @@ TRAINER_COMMANDS = {
     "fit": "train an adapter",
     "validate": "measure a model or a checkpoint on the validation data",
     "test": "measure a model or a checkpoint on the test data; replies go into answers.jsonl in the run's folder",
-    "predict": "continue prompts, into predictions.jsonl in the run's folder",
+    "predict": "continue prompts or classify texts, into predictions.jsonl in the run's folder",
 }
 
 

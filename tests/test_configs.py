@@ -9,6 +9,8 @@ from task_records import RECORDS
 
 import lightning_rlora.trainer_cli  # noqa: F401  - its loggers must not take hold of one test's captured stream
 from lightning_rlora.cli import main
+from lightning_rlora.data.classification import GLUE_TEXTS
+from lightning_rlora.modules.glue import GLUE
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
@@ -25,6 +27,7 @@ def test_there_are_configurations():
         "commonsense_dora",
         "gsm8k_riemannion",
         "metamath_riemannion",
+        *(f"glue_{task}_{model}" for task in ("sst2", "mnli", "qqp", "qnli") for model in ("roberta", "gpt2")),
     }
 
 
@@ -42,13 +45,27 @@ def test_it_parses_and_can_be_overridden(path, capsys):
     assert printed["model"]["init_args"]["optimizer"]["class_path"].endswith(optimizer["class_path"])
 
 
+def classification_stand_ins(task):
+    """Options for a small file with the task's columns and classes, and for a base whose layers have other names."""
+    records = [
+        dict.fromkeys(GLUE_TEXTS[task], f"The {number}th of many sentences.") | {"label": label}
+        for number in range(8)
+        for label in GLUE[task].class_names
+    ]
+    Path("data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    base = ["--model.base", "embedded:tiny-lm", "--model.adapter.target_modules", "[q_proj, v_proj]"]
+    return [*base, "--data.train", "data.jsonl", "--data.batch_size", "8"]
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_it_runs_with_tiny_stand_ins(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = ["--trainer.fast_dev_run", "2", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
-    config = path.read_text()
-    if "embedded:" not in config:
-        options += ["--model.base", "embedded:tiny-lm", *stand_ins(yaml.safe_load(config)["data"])]
+    config = yaml.safe_load(path.read_text())
+    if config["model"]["class_path"] == "SequenceClassification":
+        options += classification_stand_ins(config["data"]["init_args"]["task"])
+    elif "embedded:" not in config["model"]["init_args"]["base"]:
+        options += ["--model.base", "embedded:tiny-lm", *stand_ins(config["data"])]
     main(["fit", "--config", str(path), *options])
     assert not Path("runs").exists() or not list(Path("runs").rglob("adapter"))
 

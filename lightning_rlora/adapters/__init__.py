@@ -1,6 +1,14 @@
 """PEFT's adapters as points of the fixed-rank manifold: finding, reading, writing, saving them."""
 
-from lightning_rlora.adapters.adapt import PeftConfig, adapt, adapter_config, config_fields, find_adapted, load_adapter
+from lightning_rlora.adapters.adapt import (
+    PeftConfig,
+    adapt,
+    adapter_config,
+    config_fields,
+    find_adapted,
+    float32_heads,
+    load_adapter,
+)
 from lightning_rlora.adapters.export import export_adapter, merge_adapter
 from lightning_rlora.adapters.gauge import balanced_factors, group_by_shape, read_point, read_points, write_point
 from lightning_rlora.adapters.offset import BaseOffset, get_offset, offset_factors, track_offsets
@@ -21,6 +29,7 @@ __all__ = [
     "export_adapter",
     "find_adapted",
     "find_pairs",
+    "float32_heads",
     "get_offset",
     "group_by_shape",
     "keep_adapter",

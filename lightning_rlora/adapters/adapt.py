@@ -17,9 +17,15 @@ from peft import (
     get_peft_model,
     prepare_model_for_kbit_training,
 )
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, get_peft_model_state_dict, load_peft_weights
+from peft.utils import (
+    SAFETENSORS_WEIGHTS_NAME,
+    WEIGHTS_NAME,
+    ModulesToSaveWrapper,
+    get_peft_model_state_dict,
+    load_peft_weights,
+)
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_rlora.errors import UserError
 
@@ -90,7 +96,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> PeftModel:
         saved = _factor_keys(load_peft_weights(str(folder), device="cpu"))
     except (SafetensorError, json.JSONDecodeError, pickle.UnpicklingError, EOFError) as error:
         raise UserError(f"the adapter in {folder} is broken: {_one_line(error)}") from error
-    except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise UserError(f"the adapter in {folder} does not fit the base model: {_one_line(error)}") from error
     # PEFT only warns of factors that find no place or get no values
     odd = saved ^ _factor_keys(get_peft_model_state_dict(adapted, save_embedding_layers=False))
@@ -104,6 +110,21 @@ def prepare(model: nn.Module) -> nn.Module:
     if getattr(model, "is_quantized", False):
         return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return model
+
+
+def float32_heads(model: nn.Module) -> None:
+    """Keep what is trained and saved as a whole (PEFT's `modules_to_save`) in float32, as the factors are.
+
+    Their inputs are cast, so that they stand behind a half-precision base without autocast too.
+    """
+    for wrapper in model.modules():
+        if isinstance(wrapper, ModulesToSaveWrapper):
+            for head in wrapper.modules_to_save.values():
+                head.float().register_forward_pre_hook(_cast_inputs)
+
+
+def _cast_inputs(head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
 
 
 def find_adapted(module: nn.Module) -> nn.Module:

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning_rlora.callbacks.run_folder import holds_run, lies_in, set_aside
 from lightning_rlora.files import write_atomically
 
-COLUMNS = ("step", "train/loss", "val/loss", "val/perplexity")
+COLUMNS = ("step", "train/loss", "val/loss")
 """The first columns of metrics.csv; other validation metrics follow in the order in which they first appear."""
 
 Row = dict[str, int | float]

@@ -1,11 +1,12 @@
 """From a record to tokens and the tokens that count in the loss."""
 
 import string
+import zlib
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
@@ -51,6 +52,11 @@ class Examples(Sequence[Example]):
         """Gives a view of one example."""
         part = slice(self.ends[index], self.ends[index + 1])
         return Example(self.tokens[part], self.loss[part])
+
+    @property
+    def checksum(self) -> int:
+        """A number that other data would hardly have."""
+        return zlib.crc32(self.tokens.data)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -187,7 +193,17 @@ class AnswerEncoder(Encoder):
         return text, self.opening + self.ids([text])[0]
 
 
-def encode_all(encoder: Encoder, records: Iterable[Record], chunk: int = 256) -> Iterator[Example]:
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Encodes(Protocol[T_co]):
+    """What makes examples of records."""
+
+    def encode(self, records: Sequence[Record], first: int) -> Iterator[T_co]:
+        """Yields the examples of some records, the first of which is number ``first`` of its source (from 1)."""
+
+
+def encode_all(encoder: Encodes[T_co], records: Iterable[Record], chunk: int = 256) -> Iterator[T_co]:
     """Encodes a stream of records, ``chunk`` at a time because tokenizers are quick in batches."""
     waiting: list[Record] = []
     first = 1

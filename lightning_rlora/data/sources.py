@@ -8,6 +8,8 @@ import json
 import lzma
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,11 +20,29 @@ from lightning_rlora.errors import UserError
 
 Record = dict[str, Any]
 
+
+@dataclass(frozen=True)
+class TableFormat:
+    """How CSV and TSV files are written.
+
+    Attributes:
+        columns: Names of the columns of files without a header line.
+        quoting: Whether quotation marks enclose fields; otherwise they are characters like any other.
+    """
+
+    columns: tuple[str, ...] | None = None
+    quoting: bool = True
+
+
 EMBEDDED: dict[str, Callable[[str], list[Record]]] = {"python-topics": python_topics}
 
 
 def read_records(
-    sources: str | list[str], stage: str, hub_config: str | None = None, streaming: bool = False
+    sources: str | list[str],
+    stage: str,
+    hub_config: str | None = None,
+    streaming: bool = False,
+    table: TableFormat = TableFormat(),
 ) -> Iterator[Record]:
     """Reads every record of one or several sources, one after the other, without a cache for local files.
 
@@ -31,6 +51,7 @@ def read_records(
         stage: "train", "validation", "test" or "predict"; picks the split of embedded and hub data sets.
         hub_config: Configuration name of hub data sets.
         streaming: Read hub data sets without downloading them first. Local files are always read as they are needed.
+        table: How CSV and TSV files are written.
 
     Yields:
         The records.
@@ -43,7 +64,7 @@ def read_records(
             yield from _embedded(source)(stage)
         elif files := _local_files(source):
             for file in files:
-                yield from _reader(file)(file)
+                yield from _reader(file, table)(file)
         else:
             yield from load_hub(source, stage, hub_config, streaming)
 
@@ -122,10 +143,11 @@ def _ending(file: Path) -> str:
     return Path(name).suffix
 
 
-def _reader(file: Path) -> Callable[[Path], Iterator[Record]]:
+def _reader(file: Path, table: TableFormat) -> Callable[[Path], Iterator[Record]]:
     if _ending(file) not in READERS:
         raise UserError(f"unknown file ending of {str(file)!r}: use one of {', '.join(READERS)}")
-    return READERS[_ending(file)]
+    reader = READERS[_ending(file)]
+    return partial(_read_csv, table=table) if reader is _read_csv else reader
 
 
 def _open_zst(file: Path, mode: str, encoding: str, newline: str | None) -> IO[str]:
@@ -197,18 +219,25 @@ def _record(entry: Any, where: str) -> Record:
     return entry
 
 
-def _read_csv(file: Path) -> Iterator[Record]:
-    delimiter = "\t" if _ending(file) == ".tsv" else ","
+def _read_csv(file: Path, table: TableFormat = TableFormat()) -> Iterator[Record]:
     csv.field_size_limit(sys.maxsize)  # a field may hold a whole document
-    reader = csv.DictReader(_lines(file, newline=""), delimiter=delimiter, strict=True)
+    reader = csv.DictReader(
+        _lines(file, newline=""),
+        fieldnames=table.columns,
+        delimiter="\t" if _ending(file) == ".tsv" else ",",
+        quoting=csv.QUOTE_MINIMAL if table.quoting else csv.QUOTE_NONE,
+        strict=True,
+    )
     try:
         for row in reader:
             if None in row or None in row.values():
                 count = len(reader.fieldnames or [])
-                raise UserError(f"{str(file)!r}, line {reader.line_num}: not {count} columns as in the header")
+                expected = "as in the header" if table.columns is None else "as there are names for"
+                raise UserError(f"{str(file)!r}, line {reader.line_num}: not {count} columns {expected}")
             yield row
     except csv.Error as error:
-        raise UserError(f"broken table in {str(file)!r}, line {reader.line_num}: {error}") from error
+        hint = " (or are its quotation marks ordinary characters?)" * table.quoting
+        raise UserError(f"broken table in {str(file)!r}, line {reader.line_num}: {error}{hint}") from error
 
 
 def _read_parquet(file: Path) -> Iterator[Record]:

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
@@ -20,15 +19,14 @@ from lightning_rlora.data.examples import (
     encode_all,
     warn_at_first_cut,
 )
-from lightning_rlora.data.loader import Collate, ResumableLoader, RowLoader, StreamLoader, shuffled
+from lightning_rlora.data.loader import Collate, ResumableLoader, StreamLoader, shuffled
 from lightning_rlora.data.packing import pack, packed_batch, padded_batch, prompt_batch
-from lightning_rlora.data.place import place_of, settle
-from lightning_rlora.data.sources import hold_out, is_on_hub, load_hub, read_records
-from lightning_rlora.data.tokenizer import check_length, find_tokenizer, pad_token
+from lightning_rlora.data.source_data import SourceData
+from lightning_rlora.data.tokenizer import pad_token
 from lightning_rlora.errors import UserError
 
 
-class TextData(LightningDataModule):
+class TextData(SourceData):
     """Text, prompts with answers, or conversations, tokenised and packed for a causal language model.
 
     A source is a file (.json, .jsonl, .csv, .tsv, .parquet, .txt, .md; all but Parquet also as .gz, .bz2, .xz, .zst), a
@@ -99,73 +97,34 @@ class TextData(LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        self.sources = {"train": train, "validation": validation, "test": test, "predict": predict}
         if validation is None and isinstance(train, str) and train.startswith("embedded:"):
-            self.sources["validation"] = train
-        self.hub_config = hub_config
+            validation = train
+        super().__init__(
+            {"train": train, "validation": validation, "test": test, "predict": predict},
+            hub_config=hub_config,
+            tokenizer=tokenizer,
+            max_length=max_length,
+            batch_size=batch_size,
+            validation_fraction=validation_fraction,
+            num_workers=num_workers,
+            seed=seed,
+        )
         self.text, self.prompt, self.answer, self.messages = text, prompt, answer, messages
-        self.tokenizer = tokenizer
-        self.max_length = max_length
-        self.batch_size = batch_size
         self.packing = packing
-        self.validation_fraction = validation_fraction
         self.streaming = streaming
         self.shuffle_buffer = shuffle_buffer
         self.prompt_length = prompt_length
-        self.num_workers = num_workers
-        self.seed = seed
-        self._examples: dict[str, Examples] = {}
-        self._found_tokenizer: Any = None
         self._check_arguments()
-
-    def prepare_data(self) -> None:
-        """Downloads hub data sets, on one process only; `datasets` keeps them in its cache."""
-        for stage, sources in self.sources.items():
-            for source in [sources] if isinstance(sources, str) else sources or []:
-                if is_on_hub(source) and not (self.streaming and stage == "train"):
-                    load_hub(source, stage, self.hub_config, streaming=False)
-
-    def setup(self, stage: str) -> None:
-        """Takes `val_dataloader` away from a fit that has nothing to validate on.
-
-        Lightning then skips validation; an empty loader would do too, but not without a warning.
-        """
-        if stage == "fit" and not self._validates:
-            self.val_dataloader = None  # type: ignore[assignment]
 
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled batches to train on, from the place at which the trainer stands."""
-        if self.trainer:
-            settle(self.trainer)
-        common: dict[str, Any] = {
-            "batch_size": self.batch_size,
-            "collate": self._collate(),
-            "place": partial(place_of, self.trainer) if self.trainer else lambda: (0, 0),
-            "seed": self.seed,
-            "num_workers": self.num_workers,
-            **self._processes(),
-        }
-        if self.streaming:
-            encoder = self._encoder()  # one example here, so that wrong input is found before a worker starts
-            first = next(encode_all(encoder, self._records("train", streaming=True)), None)
-            self._check_some_left("train", encoder, first is not None)
-            return StreamLoader(self._stream, **common)
-        shuffle = not getattr(self.trainer, "overfit_batches", 0)
-        examples = self._in_memory("train")
-        return RowLoader(examples, self._rows(examples, shuffle), shuffle=shuffle, **common)
-
-    def val_dataloader(self) -> RowLoader:
-        """Batches to validate on, in the order of the source."""
-        if not self._validates:
-            raise UserError(
-                "nothing to validate on: give `validation`" + " (a stream holds nothing out)" * self.streaming
-            )
-        return self._fixed_order("validation")
-
-    def test_dataloader(self) -> RowLoader:
-        """Batches to test on, in the order of the source."""
-        return self._fixed_order("test")
+        if not self.streaming:
+            return super().train_dataloader()
+        common = self._training()
+        encoder = self._encoder()  # one example here, so that wrong input is found before a worker starts
+        first = next(encode_all(encoder, self._records("train")), None)
+        self._check_some_left("train", encoder, first is not None)
+        return StreamLoader(self._stream, **common)
 
     def predict_dataloader(self) -> DataLoader:
         """Prompts without answers, padded on the left, one process making them all."""
@@ -204,36 +163,9 @@ class TextData(LightningDataModule):
             raise UserError("`prompt` and `answer` belong together: give both")
         if self.max_length < 2:
             raise UserError(f"max_length is {self.max_length}: a row needs at least 2 tokens, one to predict another")
-        at_least = {"batch_size": 1, "shuffle_buffer": 1, "prompt_length": 1, "num_workers": 0, "seed": 0}
-        for name, least in at_least.items():
-            if getattr(self, name) is not None and getattr(self, name) < least:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least {least}")
-        if not 0 <= self.validation_fraction < 1:
-            raise UserError(f"validation_fraction is {self.validation_fraction}: it must be in [0, 1)")
-
-    @property
-    def _validates(self) -> bool:
-        return bool(self.sources["validation"] or (self.validation_fraction and not self.streaming))
-
-    def _need(self, stage: str) -> str | list[str]:
-        if not (sources := self.sources[stage]):
-            raise UserError(f"no source of data for this: give `{stage}`")
-        return sources
-
-    def _records(self, stage: str, streaming: bool = False) -> Iterator[dict[str, Any]]:
-        return read_records(self._need(stage), stage, self.hub_config, streaming)
-
-    def _in_memory(self, stage: str) -> Examples:
-        """The examples of a split; tokenised when first asked for."""
-        if stage not in self._examples:
-            if stage in ("train", "validation") and not self.sources["validation"] and self.validation_fraction:
-                records = list(self._records("train"))
-                train, validation = hold_out(records, self.validation_fraction, self._random(0, 1))
-                self._examples["train"] = self._encode("train", train)
-                self._examples["validation"] = self._encode("validation (held out of train)", validation)
-            else:
-                self._examples[stage] = self._encode(stage, self._records(stage))
-        return self._examples[stage]
+        for name in ("shuffle_buffer", "prompt_length"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
 
     def _encode(self, name: str, records: Iterable[dict[str, Any]]) -> Examples:
         encoder = self._encoder()
@@ -258,7 +190,7 @@ class TextData(LightningDataModule):
     def _stream(self, epoch: int) -> Iterator[Sequence[Example]]:
         """The rows of an epoch of streamed training data."""
         encoder = self._encoder()
-        examples = encode_all(encoder, self._records("train", streaming=True))
+        examples = encode_all(encoder, self._records("train"))
         if epoch == 0:
             examples = warn_at_first_cut(encoder, examples)
         examples = shuffled(examples, self.shuffle_buffer, self._random(epoch, 0))
@@ -275,17 +207,6 @@ class TextData(LightningDataModule):
         order = self._random(0, 2).permutation(len(examples)) if shuffle else np.arange(len(examples))
         return list(pack(order.tolist(), examples.lengths.tolist().__getitem__, self.max_length))
 
-    def _fixed_order(self, stage: str) -> RowLoader:
-        examples = self._in_memory(stage)
-        return RowLoader(
-            examples,
-            self._rows(examples, shuffle=False),
-            self.batch_size,
-            self._collate(),
-            num_workers=self.num_workers,
-            **self._processes(),
-        )
-
     def _longest_prompt(self) -> int:
         if self.prompt_length is not None:
             return self.prompt_length
@@ -293,18 +214,6 @@ class TextData(LightningDataModule):
         if new_tokens >= self.max_length:
             raise UserError(f"max_length is {self.max_length}: that leaves no prompt beside {new_tokens} new tokens")
         return self.max_length - new_tokens
-
-    @property
-    def _module(self) -> Any:
-        return self.trainer.lightning_module if self.trainer else None
-
-    def _random(self, epoch: int, purpose: int) -> np.random.Generator:
-        return np.random.default_rng([self.seed, epoch, purpose])
-
-    def _processes(self) -> dict[str, Any]:
-        """This process's place among those that share the data (not all do under tensor parallelism)."""
-        shares = (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
-        return {"rank": shares["rank"], "world_size": shares["num_replicas"]}
 
     def _collate(self) -> Collate:
         if self.packing:
@@ -318,11 +227,3 @@ class TextData(LightningDataModule):
         if self.prompt is not None and self.answer is not None:
             return AnswerEncoder(tokenizer, self.max_length, self.prompt, self.answer)
         return TextEncoder(tokenizer, self.max_length, self.text or "text")
-
-    def _tokenizer(self) -> Any:
-        """The tokenizer, found when first needed: the model may bring it only with its own setup."""
-        if self._found_tokenizer is None:
-            found = find_tokenizer(self.tokenizer, self._module)
-            check_length(self.max_length, found, self._module)
-            self._found_tokenizer = found
-        return self._found_tokenizer

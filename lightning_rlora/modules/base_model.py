@@ -1,5 +1,6 @@
 """Loading pretrained models and tokenizers, with one clear line where that fails."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,13 +27,56 @@ def load_base(base: str, *, dtype: str, quantization: str | None, trust_remote_c
     """
     from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
+    return _load(AutoModelForCausalLM, base, dtype, quantization, trust_remote_code)[0]
+
+
+def load_classifier(
+    base: str,
+    class_names: Sequence[str],
+    *,
+    dtype: str,
+    quantization: str | None,
+    trust_remote_code: bool,
+) -> tuple["PreTrainedModel", list[str]]:
+    """A sequence classification model from the hub, a folder or the package.
+
+    Args:
+        base: Hub id, folder, or `embedded:` name of an encoder or a decoder, with a head for as many classes or without
+            one; what is missing is initialised from torch's global random state.
+        class_names: Names of the classes, or none for a single number (regression).
+        dtype: Name of the weights' torch dtype.
+        quantization: `4bit`, `8bit` or None.
+        trust_remote_code: Run code from the model's repository.
+
+    Returns:
+        The model, and the paths of its modules whose weights the base lacks: the head, and whatever pools for it.
+
+    Raises:
+        UserError: If there is no such model, its files are broken, or it cannot classify so many classes.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    labels: dict[str, Any] = {"problem_type": "regression", "num_labels": 1}
+    if class_names:
+        numbers = {name: number for number, name in enumerate(class_names)}
+        names = {number: name for name, number in numbers.items()}
+        labels = {"problem_type": "single_label_classification", "id2label": names, "label2id": numbers}
+    auto_class = AutoModelForSequenceClassification
+    model, missing = _load(auto_class, base, dtype, quantization, trust_remote_code, **labels)
+    return model, sorted({key.rpartition(".")[0] for key in missing})
+
+
+def _load(
+    auto_class: Any, base: str, dtype: str, quantization: str | None, trust_remote_code: bool, **config: Any
+) -> tuple["PreTrainedModel", list[str]]:
+    """A pretrained model, with some fields of its configuration set, and the keys of the weights it lacks."""
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code, **config}
     if quantization is not None:
         options |= {"quantization_config": _quantization_config(quantization, options["dtype"])}
         if not torch.cuda.is_available():
             options["device_map"] = "cpu"
     try:
-        model = AutoModelForCausalLM.from_pretrained(resolve(base), **options)
+        model, info = auto_class.from_pretrained(resolve(base), output_loading_info=True, **options)
     except UserError:
         raise
     except (OSError, ValueError, ImportError, RuntimeError) as error:
@@ -44,15 +88,20 @@ def load_base(base: str, *, dtype: str, quantization: str | None, trust_remote_c
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             # bitsandbytes repacks 4-bit weights at the first evaluation on such processors, and cannot train them after
-            layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-    return model
+            layer.support_avx512bf16_for_cpu = False
+    return model, info["missing_keys"]
 
 
-def load_tokenizer(base: str, *, trust_remote_code: bool) -> "PreTrainedTokenizerBase":
+def load_tokenizer(base: str, *, trust_remote_code: bool, ends_text: bool = True) -> "PreTrainedTokenizerBase":
     """The tokenizer of a base model; a missing padding token becomes the end-of-text token.
 
+    Args:
+        base: Hub id, folder, or `embedded:` name.
+        trust_remote_code: Run code from the tokenizer's repository.
+        ends_text: Whether an end-of-text token is needed.
+
     Raises:
-        UserError: If there is none, or it has no end-of-text token.
+        UserError: If there is none, or it lacks a token that is needed.
     """
     from transformers import AutoTokenizer
 
@@ -62,9 +111,11 @@ def load_tokenizer(base: str, *, trust_remote_code: bool) -> "PreTrainedTokenize
         raise
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise UserError(_explain(base, error)) from error
-    if tokenizer.eos_token_id is None:
+    if ends_text and tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {base!r} has no end-of-text token, which training needs to end answers with")
     if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise UserError(f"the tokenizer of {base!r} has neither a padding nor an end-of-text token to pad with")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-import random
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -17,33 +13,19 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.text import Perplexity
 
-from lightning_rlora.adapters import (
-    PeftConfig,
-    adapt,
-    adapter_config,
-    check_adapter,
-    config_fields,
-    keep_adapter,
-    load_adapter,
-    scan,
-    track_offsets,
-)
-from lightning_rlora.errors import UserError
+from lightning_rlora.adapters import PeftConfig, config_fields
+from lightning_rlora.modules.adapted_model import AdaptedModel
 from lightning_rlora.modules.answers import gathered, judged
 from lightning_rlora.modules.base_model import load_base, load_tokenizer
-from lightning_rlora.modules.compilation import compile_in_place, explained_compile_errors
-from lightning_rlora.modules.finite_loss import FiniteLoss
+from lightning_rlora.modules.compilation import explained_compile_errors
 from lightning_rlora.modules.packing import check_packing
-from lightning_rlora.optim import FixedRankOptimizer, LinearWithWarmup, Riemannion, parameter_groups
 from lightning_rlora.scoring import accuracies
-
-log = logging.getLogger(__name__)
 
 IGNORED = -100
 """Label of tokens that carry no loss."""
 
 
-class CausalLM(LightningModule):
+class CausalLM(AdaptedModel):
     """A causal language model whose adapter is trained; the base is frozen and never stored in a checkpoint.
 
     Subclasses change the loss by `loss`, the data by their DataModule, the optimizer by the factory or
@@ -87,37 +69,24 @@ class CausalLM(LightningModule):
         max_new_tokens: int = 64,
         trust_remote_code: bool = False,
     ) -> None:
-        super().__init__()
         if isinstance(adapter, PeftConfig):
             adapter = config_fields(adapter)
-        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
-        self.strict_loading = False  # checkpoints leave the base out; check_adapter looks after the rest
-        self.max_new_tokens = max_new_tokens
-        self._optimizer_factory = optimizer
-        self._scheduler_factory = lr_scheduler
-        self._rng_to_restore: dict[str, Any] | None = None
-        self._optimizers_resumed: list[str] | None = None
-        self._packing_checked = False
-        self._finite_loss = FiniteLoss()
-
-        self.tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
         model = load_base(base, dtype=dtype, quantization=quantization, trust_remote_code=trust_remote_code)
-        if adapter_path is not None:
-            if adapter is not None:
-                raise UserError("give either adapter (a new one) or adapter_path (a saved one), not both")
-            self.model = load_adapter(model, adapter_path)
-        else:
-            config = adapter_config({"task_type": "CAUSAL_LM"} | (adapter or {}))
-            if getattr(config, "target_modules", ...) is None:
-                config.target_modules = "all-linear"  # type: ignore[attr-defined]
-            self.model = adapt(model, config)
-        if gradient_checkpointing:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            # the embeddings' outputs need no gradients then, and a hook that asks for them breaks a compiled graph
-            self.model.disable_input_require_grads()
-        track_offsets(scan(self.model).pairs)
-        if compile:
-            compile_in_place(self.model)
+        super().__init__(
+            model,
+            task_type="CAUSAL_LM",
+            adapter=adapter,
+            adapter_path=adapter_path,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            gradient_checkpointing=gradient_checkpointing,
+            compile=compile,
+        )
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
+        self.tokenizer = tokenizer
+        self.max_new_tokens = max_new_tokens
+        self._packing_checked = False
 
         vocabulary = model.config.get_text_config().vocab_size
         self._metrics = torch.nn.ModuleDict(
@@ -144,42 +113,6 @@ class CausalLM(LightningModule):
     def loss(self, batch: dict[str, Tensor], output: Any) -> Tensor:
         """The loss to train on, a scalar: by default the mean cross-entropy of the labelled tokens in nats."""
         return output.loss
-
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """The loss of a batch, logged as train/loss; one that is not finite ends the run (see `FiniteLoss`)."""
-        loss = self.loss(batch, self(batch))
-        self._finite_loss.note(loss, self.trainer.global_step)
-        self.log("train/loss", loss, prog_bar=True)
-        return loss
-
-    def on_fit_start(self) -> None:
-        """Put the model in training mode, since Lightning keeps the evaluation mode that pretrained models come in.
-
-        Raises:
-            UserError: If the run is resumed with another optimizer; torch would load its state without a word.
-        """
-        self.model.train()
-        self._finite_loss = FiniteLoss()
-        if self.trainer.ckpt_path is None:  # loaded for another run: not one to go on with
-            self._optimizers_resumed = self._rng_to_restore = None
-        optimizers = self._optimizer_names()
-        if self._optimizers_resumed not in (None, optimizers):
-            raise UserError(
-                f"the checkpoint was made with the optimizer {', '.join(self._optimizers_resumed)}, and this run has "
-                f"{', '.join(optimizers)}: resume with the run's own configuration"
-            )
-
-    def _scalings(self) -> dict[str, float]:
-        return {pair.name: pair.scaling for pair in scan(self.model).pairs}
-
-    def _optimizer_names(self) -> list[str]:
-        return [type(optimizer).__name__ for optimizer in self.trainer.optimizers]
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Restore the random state of a resumed run at the latest moment, when nothing draws any more."""
-        if self._rng_to_restore is not None:
-            _restore_rng(self._rng_to_restore)
-            self._rng_to_restore = None
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Update val/loss, val/perplexity and val/accuracy."""
@@ -231,84 +164,3 @@ class CausalLM(LightningModule):
             pad_token_id=self.tokenizer.pad_token_id,
         )
         return self.tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-
-    def configure_optimizers(self) -> Any:
-        """The optimizer of the adapter and all else that trains, and its schedule over the run."""
-        groups = parameter_groups(self.model)
-        optimizer = (self._optimizer_factory or Riemannion)(groups)
-        if isinstance(optimizer, FixedRankOptimizer) and self.trainer.precision == "16-mixed":
-            for group in optimizer.param_groups:
-                group["min_singular_value"] = max(group["min_singular_value"], 1e-6)
-        if self._scheduler_factory is None:
-            return optimizer
-        scheduler = self._scheduler_factory(optimizer)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def on_train_start(self) -> None:
-        """Tell a schedule over the whole run how long the run is; a resumed one knows."""
-        scheduler = self.lr_schedulers()
-        if isinstance(scheduler, LinearWithWarmup) and scheduler.total_steps is None:
-            steps = self.trainer.estimated_stepping_batches
-            if not 1 <= steps < float("inf"):
-                raise UserError("the schedule needs the length of the run, which the data do not tell: set max_steps")
-            scheduler.set_total_steps(int(steps))
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: int | float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Map the trainer's clipping to the norm of the tangent vector; factor gradients have no meaningful norm."""
-        inner = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        if not isinstance(inner, FixedRankOptimizer):
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        elif gradient_clip_val is not None:
-            if gradient_clip_algorithm == "value":
-                raise UserError(
-                    "clipping by value breaks the gradient's products on the manifold: use "
-                    "gradient_clip_algorithm='norm'"
-                )
-            inner.max_tangent_norm = float(gradient_clip_val) or None
-
-    def on_train_end(self) -> None:
-        """Look at the last training loss."""
-        self._finite_loss.check()
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the frozen base out, and keep the random state for an exact resume.
-
-        Raises:
-            UserError: If the last training loss turns out not to be finite: such a state must not be saved.
-        """
-        self._finite_loss.check()
-        checkpoint["state_dict"] = keep_adapter(self, checkpoint["state_dict"])
-        checkpoint["scalings"] = self._scalings()
-        checkpoint["optimizer_names"] = self._optimizer_names()
-        checkpoint["rng"] = self._rng_to_restore or _save_rng()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse an adapter that does not fit before anything is loaded."""
-        check_adapter(self, checkpoint["state_dict"])
-        if checkpoint.get("scalings", self._scalings()) != self._scalings():
-            raise UserError("the checkpoint's adapter has another scaling: give the lora_alpha it was trained with")
-        self._optimizers_resumed = checkpoint.get("optimizer_names")
-        self._rng_to_restore = checkpoint.get("rng")
-
-
-def _save_rng() -> dict[str, Any]:
-    """The states that dropout and Python code draw from; data order has generators of its own."""
-    version, state, gauss = random.getstate()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "python": (version, list(state), gauss),
-    }
-
-
-def _restore_rng(states: dict[str, Any]) -> None:
-    torch.set_rng_state(states["torch"].cpu())
-    if len(states["cuda"]) == torch.cuda.device_count() and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
-    version, state, gauss = states["python"]
-    random.setstate((version, tuple(state), gauss))

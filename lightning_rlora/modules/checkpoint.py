@@ -7,21 +7,22 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from lightning_rlora import modules
 from lightning_rlora.adapters import read_checkpoint
 from lightning_rlora.errors import UserError
-from lightning_rlora.modules.causal_lm import CausalLM
 
 
-def load_module(path: str | Path) -> CausalLM:
+def load_module(path: str | Path) -> Any:
     """The module that a checkpoint was made from, with its trained adapter and its base, offset included, on the CPU.
 
     Raises:
         UserError: If the checkpoint cannot be read, says not how its module was made, or belongs to another base.
     """
-    settings = read_checkpoint(path).get("hyper_parameters", {})
+    checkpoint = read_checkpoint(path)
+    settings = checkpoint.get("hyper_parameters", {})
     if not settings:
         raise UserError(f"{path} does not say how its model was made: it is no checkpoint of this program's modules")
-    module_class: Any = CausalLM
+    module_class: Any = getattr(modules, checkpoint.get("module", "CausalLM"))
     if "_class_path" in settings:
         home, _, name = settings["_class_path"].rpartition(".")
         module_class = getattr(import_module(home), name)

@@ -56,7 +56,9 @@ def test_the_same_results_make_the_same_files(compared):
 def test_the_tables_hold_the_numbers(compared):
     lines = (compared / "table.md").read_text().splitlines()
     assert lines[4].startswith("| sgd | 4 | 1 (edge) | 1.9000 (n=1) | 100.00% | ≥ x1 | 4 (1.03x) |")
-    assert lines[5].startswith("| adamw | 4 | 0.01 (edge) | 2.0000 (n=1) | 100.00% | ≥ x1.1 | 4 | 4 | 1000 | 1.0 MiB | 10 |")
+    assert lines[5].startswith(
+        "| adamw | 4 | 0.01 (edge) | 2.0000 (n=1) | 100.00% | ≥ x1.1 | 4 | 4 | 1000 | 1.0 MiB | 10 |"
+    )
     with (compared / "table.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["method"], float(row["loss"]), row["edge"]) for row in rows] == [

@@ -46,7 +46,7 @@ def train(module, folder, steps, callbacks=()):
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_a_loss_that_is_read_late_is_never_saved(steps, tmp_path, monkeypatch):
     module = CausalLM(adapter={"r": 2})
-    monkeypatch.setattr("lightning_rlora.modules.causal_lm.FiniteLoss", LateLoss)
+    monkeypatch.setattr("lightning_rlora.modules.adapted_model.FiniteLoss", LateLoss)
     # a constant, the gradient is zero and no optimizer notices
     module.loss = lambda batch, output: output.loss * 0 + (math.nan if module.global_step == steps - 1 else 1.0)
     reached, saved = [], []
@@ -65,7 +65,7 @@ def test_a_loss_that_is_read_late_is_never_saved(steps, tmp_path, monkeypatch):
 
 def test_the_last_loss_is_read_too(tmp_path, monkeypatch):
     module = CausalLM(adapter={"r": 2})
-    monkeypatch.setattr("lightning_rlora.modules.causal_lm.FiniteLoss", LateLoss)
+    monkeypatch.setattr("lightning_rlora.modules.adapted_model.FiniteLoss", LateLoss)
     module.loss = lambda batch, output: output.loss * 0 + (math.nan if module.global_step == 1 else 1.0)
     with pytest.raises(UserError, match="nan at step 1"):
         train(module, tmp_path, 2)

@@ -1,0 +1,214 @@
+"""What every module of this package is: a pretrained model whose adapter is trained, in a LightningModule."""
+
+from __future__ import annotations
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from lightning_rlora.adapters import (
+    adapt,
+    adapter_config,
+    check_adapter,
+    keep_adapter,
+    load_adapter,
+    scan,
+    track_offsets,
+)
+from lightning_rlora.errors import UserError
+from lightning_rlora.modules.compilation import compile_in_place
+from lightning_rlora.modules.finite_loss import FiniteLoss
+from lightning_rlora.optim import FixedRankOptimizer, LinearWithWarmup, Riemannion, parameter_groups
+
+
+class AdaptedModel(LightningModule, ABC):
+    """A pretrained model whose adapter is trained; the base is frozen and never stored in a checkpoint.
+
+    Subclasses load the base model, say how it is called on a batch (`forward`) and what is trained on (`loss`), and add
+    their evaluation. They save their own hyperparameters, from which `load_from_checkpoint` makes them again.
+
+    Args:
+        model: The pretrained model.
+        task_type: PEFT's name of what the model does, such as `CAUSAL_LM`.
+        adapter: Fields of PEFT's configuration of a new adapter; `target_modules` is `all-linear` if left out.
+        adapter_path: Folder of a saved PEFT adapter to train further, in place of a new one.
+        optimizer: Makes the optimizer from parameter groups; by default Riemannion with its own defaults.
+        lr_scheduler: Makes the learning-rate scheduler from the optimizer, stepped after each optimizer step.
+        gradient_checkpointing: Recompute activations in the backward pass to save memory.
+        compile: Run the model through torch.compile.
+
+    Raises:
+        UserError: If the adapter does not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        task_type: str,
+        adapter: dict[str, Any] | None,
+        adapter_path: str | None,
+        optimizer: Callable[[Iterable], Optimizer] | None,
+        lr_scheduler: Callable[[Optimizer], LRScheduler] | None,
+        gradient_checkpointing: bool,
+        compile: bool,
+    ) -> None:
+        super().__init__()
+        self.strict_loading = False  # checkpoints leave the base out; check_adapter looks after the rest
+        self._optimizer_factory = optimizer
+        self._scheduler_factory = lr_scheduler
+        self._rng_to_restore: dict[str, Any] | None = None
+        self._optimizers_resumed: list[str] | None = None
+        self._finite_loss = FiniteLoss()
+
+        if adapter_path is not None:
+            if adapter is not None:
+                raise UserError("give either adapter (a new one) or adapter_path (a saved one), not both")
+            self.model = load_adapter(model, adapter_path)
+        else:
+            config = adapter_config({"task_type": task_type} | (adapter or {}))
+            if getattr(config, "target_modules", ...) is None:
+                config.target_modules = "all-linear"  # type: ignore[attr-defined]
+            self.model = adapt(model, config)
+        if gradient_checkpointing:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            # the embeddings' outputs need no gradients then, and a hook that asks for them breaks a compiled graph
+            self.model.disable_input_require_grads()
+        track_offsets(scan(self.model).pairs)
+        if compile:
+            compile_in_place(self.model)
+
+    @abstractmethod
+    def forward(self, batch: Any) -> Any:
+        """The model's output for a batch."""
+
+    @abstractmethod
+    def loss(self, batch: Any, output: Any) -> Tensor:
+        """The loss to train on, a scalar."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The loss of a batch, logged as train/loss; one that is not finite ends the run (see `FiniteLoss`)."""
+        loss = self.loss(batch, self(batch))
+        self._finite_loss.note(loss, self.trainer.global_step)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def on_fit_start(self) -> None:
+        """Put the model in training mode, since Lightning keeps the evaluation mode that pretrained models come in.
+
+        Raises:
+            UserError: If the run is resumed with another optimizer; torch would load its state without a word.
+        """
+        self.model.train()
+        self._finite_loss = FiniteLoss()
+        if self.trainer.ckpt_path is None:  # loaded for another run: not one to go on with
+            self._optimizers_resumed = self._rng_to_restore = None
+        optimizers = self._optimizer_names()
+        if self._optimizers_resumed not in (None, optimizers):
+            raise UserError(
+                f"the checkpoint was made with the optimizer {', '.join(self._optimizers_resumed)}, and this run has "
+                f"{', '.join(optimizers)}: resume with the run's own configuration"
+            )
+
+    def _scalings(self) -> dict[str, float]:
+        return {pair.name: pair.scaling for pair in scan(self.model).pairs}
+
+    def _optimizer_names(self) -> list[str]:
+        return [type(optimizer).__name__ for optimizer in self.trainer.optimizers]
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Restore the random state of a resumed run at the latest moment, when nothing draws any more."""
+        if self._rng_to_restore is not None:
+            _restore_rng(self._rng_to_restore)
+            self._rng_to_restore = None
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer of the adapter and all else that trains, and its schedule over the run."""
+        groups = parameter_groups(self.model)
+        optimizer = (self._optimizer_factory or Riemannion)(groups)
+        if isinstance(optimizer, FixedRankOptimizer) and self.trainer.precision == "16-mixed":
+            for group in optimizer.param_groups:
+                group["min_singular_value"] = max(group["min_singular_value"], 1e-6)
+        if self._scheduler_factory is None:
+            return optimizer
+        scheduler = self._scheduler_factory(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """Tell a schedule over the whole run how long the run is; a resumed one knows."""
+        scheduler = self.lr_schedulers()
+        if isinstance(scheduler, LinearWithWarmup) and scheduler.total_steps is None:
+            steps = self.trainer.estimated_stepping_batches
+            if not 1 <= steps < float("inf"):
+                raise UserError("the schedule needs the length of the run, which the data do not tell: set max_steps")
+            scheduler.set_total_steps(int(steps))
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Map the trainer's clipping to the norm of the tangent vector; factor gradients have no meaningful norm."""
+        inner = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        if not isinstance(inner, FixedRankOptimizer):
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val is not None:
+            if gradient_clip_algorithm == "value":
+                raise UserError(
+                    "clipping by value breaks the gradient's products on the manifold: use "
+                    "gradient_clip_algorithm='norm'"
+                )
+            inner.max_tangent_norm = float(gradient_clip_val) or None
+
+    def on_train_end(self) -> None:
+        """Look at the last training loss."""
+        self._finite_loss.check()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave the frozen base out, and keep the random state for an exact resume.
+
+        Raises:
+            UserError: If the last training loss turns out not to be finite: such a state must not be saved.
+        """
+        self._finite_loss.check()
+        checkpoint["state_dict"] = keep_adapter(self, checkpoint["state_dict"])
+        # whose subclass it may be: a class in somebody's script cannot be imported again
+        checkpoint["module"] = next(c.__name__ for c in type(self).__mro__ if c.__module__.startswith(__package__))
+        checkpoint["scalings"] = self._scalings()
+        checkpoint["optimizer_names"] = self._optimizer_names()
+        checkpoint["rng"] = self._rng_to_restore or _save_rng()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse an adapter that does not fit before anything is loaded."""
+        check_adapter(self, checkpoint["state_dict"])
+        if checkpoint.get("scalings", self._scalings()) != self._scalings():
+            raise UserError("the checkpoint's adapter has another scaling: give the lora_alpha it was trained with")
+        self._optimizers_resumed = checkpoint.get("optimizer_names")
+        self._rng_to_restore = checkpoint.get("rng")
+
+
+def _save_rng() -> dict[str, Any]:
+    """The states that dropout and Python code draw from; data order has generators of its own."""
+    version, state, gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": (version, list(state), gauss),
+    }
+
+
+def _restore_rng(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"].cpu())
+    if len(states["cuda"]) == torch.cuda.device_count() and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
+    version, state, gauss = states["python"]
+    random.setstate((version, tuple(state), gauss))
