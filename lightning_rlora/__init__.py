@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lightning_rlora.errors import UserError
     from lightning_rlora.init import locally_optimal_init
     from lightning_rlora.modules import CausalLM
-    from lightning_rlora.optim import RiemannianSGD, Riemannion
+    from lightning_rlora.optim import RiemannianSGD, Riemannion, lora_plus_groups
 
 _HOMES = {
     "adapters": ("export_adapter", "find_pairs", "merge_adapter", "track_offsets"),
@@ -23,7 +23,7 @@ _HOMES = {
     "errors": ("UserError",),
     "init": ("locally_optimal_init",),
     "modules": ("CausalLM",),
-    "optim": ("RiemannianSGD", "Riemannion"),
+    "optim": ("RiemannianSGD", "Riemannion", "lora_plus_groups"),
 }
 
 __version__ = version("lightning-rlora")
@@ -40,6 +40,7 @@ __all__ = [
     "export_adapter",
     "find_pairs",
     "locally_optimal_init",
+    "lora_plus_groups",
     "merge_adapter",
     "track_offsets",
 ]

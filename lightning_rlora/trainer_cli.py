@@ -7,9 +7,10 @@ import re
 from pathlib import Path
 from typing import Any, NoReturn
 
+from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import ActionConfigFile, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from lightning_rlora import callbacks, data, modules, optim  # noqa: F401  - so that configs may use short class names
 from lightning_rlora.callbacks import AdapterExport, RunRecord, SpectrumMonitor
@@ -17,8 +18,32 @@ from lightning_rlora.callbacks.atomic_checkpoint_io import AtomicCheckpointIO
 from lightning_rlora.errors import UserError
 
 
+class ConfigFile(ActionConfigFile):
+    """A configuration whose adapter fields come on top of those of the configurations before it; null takes one away.
+
+    Everything else of the adapter is plain data to the parser, which would replace it as a whole.
+    """
+
+    @staticmethod
+    def apply_config(parser: ArgumentParser, cfg: Namespace, dest: str, value: str) -> None:
+        """Take over a file's values."""
+        key = "model.init_args.adapter"
+        earlier = cfg.get(key)
+        ActionConfigFile.apply_config(parser, cfg, dest, value)
+        later = cfg.get(key)
+        if isinstance(later, dict):
+            fields = (earlier if isinstance(earlier, dict) else {}) | later
+            cfg[key] = {name: field for name, field in fields.items() if field is not None}
+
+
 class Parser(LightningArgumentParser):
-    """A parser whose errors are one line."""
+    """A parser whose errors are one line, and whose configuration files build on each other."""
+
+    def add_argument(self, *args: Any, **kwargs: Any) -> Any:
+        """Add an argument; configuration files are `ConfigFile`."""
+        if kwargs.get("action") is ActionConfigFile:
+            kwargs["action"] = ConfigFile
+        return super().add_argument(*args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise a `UserError` with what matters of the message."""

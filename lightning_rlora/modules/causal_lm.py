@@ -33,7 +33,7 @@ from lightning_rlora.modules.base_model import load_base, load_tokenizer
 from lightning_rlora.modules.compilation import compile_in_place, explained_compile_errors
 from lightning_rlora.modules.finite_loss import FiniteLoss
 from lightning_rlora.modules.packing import check_packing
-from lightning_rlora.optim import FixedRankOptimizer, LinearWithWarmup, Riemannion, parameter_groups
+from lightning_rlora.optim import FixedRankOptimizer, LinearWithWarmup, Riemannion, lora_plus, parameter_groups
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +59,8 @@ class CausalLM(LightningModule):
         optimizer: Makes the optimizer from parameter groups; by default Riemannion with its own defaults.
         lr_scheduler: Makes the learning-rate scheduler from the optimizer, stepped after each optimizer step. If it has
             a `total_steps` that is None, the trainer's number of steps is filled in.
+        lr_ratio: LoRA+: the learning rate of B over that of A, which is the optimizer's (see `lora_plus_groups`; 16 is
+            the authors' advice). Goes with any optimizer but those on the manifold, which have no separate rates.
         dtype: Of the base's weights; the adapter's are float32 in any case.
         quantization: Load the base in 4 bits (NF4) or 8 bits with bitsandbytes.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
@@ -78,6 +80,7 @@ class CausalLM(LightningModule):
         adapter_path: str | None = None,
         optimizer: Callable[[Iterable], Optimizer] | None = None,
         lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+        lr_ratio: float | None = None,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         quantization: Literal["4bit", "8bit"] | None = None,
         gradient_checkpointing: bool = False,
@@ -91,6 +94,7 @@ class CausalLM(LightningModule):
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
         self.strict_loading = False  # checkpoints leave the base out; check_adapter looks after the rest
         self.max_new_tokens = max_new_tokens
+        self.lr_ratio = lr_ratio
         self._optimizer_factory = optimizer
         self._scheduler_factory = lr_scheduler
         self._rng_to_restore: dict[str, Any] | None = None
@@ -212,8 +216,11 @@ class CausalLM(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer of the adapter and all else that trains, and its schedule over the run."""
-        groups = parameter_groups(self.model)
-        optimizer = (self._optimizer_factory or Riemannion)(groups)
+        make = self._optimizer_factory or Riemannion
+        if self.lr_ratio is None:
+            optimizer = make(parameter_groups(self.model))
+        else:
+            optimizer = lora_plus(self.model, make, self.lr_ratio)
         if isinstance(optimizer, FixedRankOptimizer) and self.trainer.precision == "16-mixed":
             for group in optimizer.param_groups:
                 group["min_singular_value"] = max(group["min_singular_value"], 1e-6)

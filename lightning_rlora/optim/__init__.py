@@ -2,6 +2,7 @@
 
 from lightning_rlora.optim.fixed_rank import FixedRankOptimizer
 from lightning_rlora.optim.groups import parameter_groups
+from lightning_rlora.optim.lora_plus import lora_plus, lora_plus_groups
 from lightning_rlora.optim.riemannian_sgd import RiemannianSGD
 from lightning_rlora.optim.riemannion import Riemannion
 from lightning_rlora.optim.schedules import CosineWithWarmup, LinearWithWarmup
@@ -12,5 +13,7 @@ __all__ = [
     "LinearWithWarmup",
     "RiemannianSGD",
     "Riemannion",
+    "lora_plus",
+    "lora_plus_groups",
     "parameter_groups",
 ]
