@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_rlora.adapters import export_adapter, find_pairs, merge_adapter, track_offsets
-    from lightning_rlora.callbacks import AdapterOnlyCheckpoint, LocallyOptimalInit, Retraction, SpectrumMonitor
+    from lightning_rlora.callbacks import (
+        AdapterInit,
+        AdapterOnlyCheckpoint,
+        LocallyOptimalInit,
+        Retraction,
+        SpectrumMonitor,
+    )
     from lightning_rlora.data import TextData
     from lightning_rlora.errors import UserError
     from lightning_rlora.init import locally_optimal_init
@@ -18,7 +24,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "adapters": ("export_adapter", "find_pairs", "merge_adapter", "track_offsets"),
-    "callbacks": ("AdapterOnlyCheckpoint", "LocallyOptimalInit", "Retraction", "SpectrumMonitor"),
+    "callbacks": ("AdapterInit", "AdapterOnlyCheckpoint", "LocallyOptimalInit", "Retraction", "SpectrumMonitor"),
     "data": ("TextData",),
     "errors": ("UserError",),
     "init": ("locally_optimal_init",),
@@ -28,6 +34,7 @@ _HOMES = {
 
 __version__ = version("lightning-rlora")
 __all__ = [
+    "AdapterInit",
     "AdapterOnlyCheckpoint",
     "CausalLM",
     "LocallyOptimalInit",
