@@ -50,7 +50,9 @@ def same(x, y):
 
 
 def test_there_are_the_methods_of_the_family():
-    family = "lora lora_plus rslora dora vera qlora loftq pissa olora stiefel_a stiefel_b stiefel_both lora_ga eva corda "
+    family = (
+        "lora lora_plus rslora dora vera qlora loftq pissa olora stiefel_a stiefel_b stiefel_both lora_ga eva corda "
+    )
     family += "qlora_dora_lora_plus riemannion riemannion_loi riemannian_sgd_loi"
     assert {path.stem for path in METHODS} >= set(family.split())
 

@@ -1,5 +1,6 @@
 """Starts that look at the training data first: LoRA-GA, EVA and CorDA, by PEFT's own preparations."""
 
+import warnings
 from copy import copy
 from typing import Any, Literal
 
@@ -48,7 +49,10 @@ class LoRAGA(Start):
             for batch in passes.batches:
                 passes.loss(batch).backward()
 
-        preprocess_loraga(model, _targets(pairs, init_lora_weights="lora_ga", lora_ga_config=self._config), train_step)
+        targets = _targets(pairs, init_lora_weights="lora_ga", lora_ga_config=self._config)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Full backward hook")  # PEFT's count of passes, in the first layer
+            preprocess_loraga(model, targets, train_step)
         for pair in pairs:
             keep_base(pair, lambda layer, adapter: layer.lora_ga_init(adapter, self._config))
 
