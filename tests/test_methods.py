@@ -25,6 +25,7 @@ OPTIONS = [
     *("--checkpoint.every_n_train_steps", "15", "--checkpoint.save_top_k", "-1"),
     *("--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"),
 ]
+QUICKER = {name: ["--trainer.callbacks.start.init_args.batches=1"] for name in ("eva", "corda")}
 SENTENCES = [
     "The quick brown fox jumps over the lazy dog by the river.",
     "A tuple is an immutable sequence of values in a fixed order.",
@@ -43,6 +44,12 @@ def losses(folder):
     return [float(row.split(",")[column]) for row in rows[1:]]
 
 
+def classes(config):
+    """The callbacks and the optimizer of a configuration."""
+    found = [*config["trainer"]["callbacks"], config["model"]["init_args"]["optimizer"]]
+    return [entry["class_path"].rpartition(".")[2] for entry in found]
+
+
 def same(x, y):
     if isinstance(x, dict):
         return x.keys() == y.keys() and all(same(x[key], y[key]) for key in x)
@@ -57,6 +64,15 @@ def test_there_are_the_methods_of_the_family():
     assert {path.stem for path in METHODS} >= set(family.split())
 
 
+def test_a_later_configuration_adds_to_the_adapters_fields(tmp_path, capsys):
+    (tmp_path / "more.yaml").write_text("model: {init_args: {adapter: {use_dora: true, r: 5, lora_alpha: null}}}")
+    files = ["--config", str(CONFIGS / "quickstart.yaml"), "--config", str(tmp_path / "more.yaml")]
+    with pytest.raises(SystemExit):
+        main(["fit", *files, "--model.adapter.lora_dropout", "0.1", "--print_config"])
+    adapter = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["adapter"]
+    assert adapter == {"r": 5, "target_modules": "all-linear", "use_dora": True, "lora_dropout": 0.1}
+
+
 @pytest.mark.parametrize("path", METHODS, ids=lambda path: path.stem)
 def test_it_trains_resumes_exactly_and_exports(path, tmp_path, monkeypatch):
     if re.search("quantization: .bit", path.read_text()):
@@ -65,12 +81,22 @@ def test_it_trains_resumes_exactly_and_exports(path, tmp_path, monkeypatch):
     monkeypatch.setattr(spectrum_monitor, "draw_spectra", lambda *args: None)
     monkeypatch.chdir(tmp_path)
     Path("data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in SENTENCES))
-    fit = ["fit", "--config", str(CONFIGS / "quickstart.yaml"), "--config", str(path), *OPTIONS]
+    fit = [
+        "fit",
+        "--config",
+        str(CONFIGS / "quickstart.yaml"),
+        "--config",
+        str(path),
+        *OPTIONS,
+        *QUICKER.get(path.stem, []),
+    ]
 
     main([*fit, "--trainer.default_root_dir", "whole"])
     curve = losses(Path("whole"))
     print(f"\nloss {sum(curve[:4]) / 4:.3f} -> {sum(curve[-4:]) / 4:.3f}")
     assert len(curve) == 30
+    taken, written = yaml.safe_load(Path("whole/config.yaml").read_text()), yaml.safe_load(path.read_text())
+    assert classes(taken) == classes(written)  # and none of the quickstart's
     assert sum(curve[-4:]) < 0.95 * sum(curve[:4])
 
     main([*fit, "--trainer.default_root_dir", "resumed", "--ckpt_path", "whole/checkpoints/step=15.ckpt"])
@@ -81,8 +107,7 @@ def test_it_trains_resumes_exactly_and_exports(path, tmp_path, monkeypatch):
     assert losses(Path("resumed"))[-15:] == curve[-15:]
 
     module = load_module("whole/checkpoints/last.ckpt")
-    init = yaml.safe_load(path.read_text())["model"]["init_args"]
-    quantization = init.get("quantization")
+    quantization = written["model"]["init_args"].get("quantization")
     base = load_base("embedded:tiny-lm", dtype="float32", quantization=quantization, trust_remote_code=False)
     ids = torch.arange(2, 42).view(2, 20)
     with torch.no_grad():
@@ -92,4 +117,4 @@ def test_it_trains_resumes_exactly_and_exports(path, tmp_path, monkeypatch):
     error = float((loaded - trained).abs().max() / trained.abs().max())
     print(f"logits differ by {error:.1e} of the largest")
     assert float((pristine - trained).abs().max() / trained.abs().max()) > 0.01  # the adapter does something
-    assert error < 1e-4
+    assert error < 1e-4  # measured 2.5e-6 with an offset, 0 without
