@@ -19,8 +19,8 @@ from lightning_rlora.errors import UserError
 class LoRAGA(Start):
     """Singular vectors of the loss gradient, so that the first step is close to full fine-tuning's (arXiv 2407.05000).
 
-    PEFT stores the full gradient of every adapted layer at once: as much memory as the base, in its dtype. It multiplies
-    B by the gradient's singular values, so that the start grows with the loss's scale.
+    PEFT stores the full gradient of every adapted layer at once: as much memory as the base, in its dtype. It
+    multiplies B by the gradient's singular values, so that the start grows with the loss's scale.
 
     Args:
         batches: Number of training batches whose mean gradient is used.
