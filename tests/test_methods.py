@@ -117,4 +117,4 @@ def test_it_trains_resumes_exactly_and_exports(path, tmp_path, monkeypatch):
     error = float((loaded - trained).abs().max() / trained.abs().max())
     print(f"logits differ by {error:.1e} of the largest")
     assert float((pristine - trained).abs().max() / trained.abs().max()) > 0.01  # the adapter does something
-    assert error < 1e-4  # measured 2.5e-6 with an offset, 0 without
+    assert error < 1e-4  # measured 3e-6 with an offset, 0 without
