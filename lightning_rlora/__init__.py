@@ -9,25 +9,32 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_rlora.adapters import export_adapter, find_pairs, merge_adapter, track_offsets
-    from lightning_rlora.callbacks import AdapterOnlyCheckpoint, LocallyOptimalInit, Retraction, SpectrumMonitor
+    from lightning_rlora.callbacks import (
+        AdapterInit,
+        AdapterOnlyCheckpoint,
+        LocallyOptimalInit,
+        Retraction,
+        SpectrumMonitor,
+    )
     from lightning_rlora.data import ClassificationData, ReasoningData, TextData
     from lightning_rlora.errors import UserError
     from lightning_rlora.init import locally_optimal_init
     from lightning_rlora.modules import CausalLM, SequenceClassification
-    from lightning_rlora.optim import RiemannianSGD, Riemannion
+    from lightning_rlora.optim import RiemannianSGD, Riemannion, lora_plus_groups
 
 _HOMES = {
     "adapters": ("export_adapter", "find_pairs", "merge_adapter", "track_offsets"),
-    "callbacks": ("AdapterOnlyCheckpoint", "LocallyOptimalInit", "Retraction", "SpectrumMonitor"),
+    "callbacks": ("AdapterInit", "AdapterOnlyCheckpoint", "LocallyOptimalInit", "Retraction", "SpectrumMonitor"),
     "data": ("ClassificationData", "ReasoningData", "TextData"),
     "errors": ("UserError",),
     "init": ("locally_optimal_init",),
     "modules": ("CausalLM", "SequenceClassification"),
-    "optim": ("RiemannianSGD", "Riemannion"),
+    "optim": ("RiemannianSGD", "Riemannion", "lora_plus_groups"),
 }
 
 __version__ = version("lightning-rlora")
 __all__ = [
+    "AdapterInit",
     "AdapterOnlyCheckpoint",
     "CausalLM",
     "ClassificationData",
@@ -43,6 +50,7 @@ __all__ = [
     "export_adapter",
     "find_pairs",
     "locally_optimal_init",
+    "lora_plus_groups",
     "merge_adapter",
     "track_offsets",
 ]

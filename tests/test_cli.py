@@ -71,6 +71,8 @@ BAD_INPUT = {
     "rank too high for the start": (["--model.adapter", "{r: 100}", *LOI], ["2r", "100"]),
     "rank zero": (["--model.adapter", "{r: 0}"], ["`r`", "0"]),
     "misspelt adapter field": (["--model.adapter", "{lora_aplha: 4}"], ["lora_aplha", "lora_alpha"]),
+    "a start in the adapter's fields": (["--model.adapter", "{init_lora_weights: pissa}"], ["AdapterInit", "PiSSA"]),
+    "LoRA+ on the manifold": (["--model.lr_ratio", "16"], ["Riemannion", "lr_ratio"]),
     "unknown adapter type": (["--model.adapter", "{peft_type: LORRA}"], ["LORRA", "LORA"]),
     "no such base": (["--model.base", "nobody/nothing"], ["nobody/nothing"]),
     "folder without a model": (["--model.base", "."], ["'.'"]),

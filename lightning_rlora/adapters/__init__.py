@@ -9,17 +9,35 @@ from lightning_rlora.adapters.adapt import (
     float32_heads,
     load_adapter,
 )
+from lightning_rlora.adapters.data_starts import EVA, CorDA, LoRAGA
 from lightning_rlora.adapters.export import export_adapter, merge_adapter
-from lightning_rlora.adapters.gauge import balanced_factors, group_by_shape, read_point, read_points, write_point
+from lightning_rlora.adapters.gauge import (
+    balanced_factors,
+    group_by_shape,
+    read_point,
+    read_points,
+    refuse_trained,
+    write_point,
+)
 from lightning_rlora.adapters.offset import BaseOffset, get_offset, offset_factors, track_offsets
 from lightning_rlora.adapters.pairs import LoraPair, LoraScan, find_pairs, matrix, scan
+from lightning_rlora.adapters.starts import LoftQ, OLoRA, Passes, PiSSA, Start, Stiefel
 from lightning_rlora.adapters.state import adapter_keys, check_adapter, keep_adapter, read_checkpoint
 
 __all__ = [
+    "EVA",
     "BaseOffset",
+    "CorDA",
+    "LoRAGA",
+    "LoftQ",
     "LoraPair",
     "LoraScan",
+    "OLoRA",
+    "Passes",
     "PeftConfig",
+    "PiSSA",
+    "Start",
+    "Stiefel",
     "adapt",
     "adapter_config",
     "adapter_keys",
@@ -40,6 +58,7 @@ __all__ = [
     "read_checkpoint",
     "read_point",
     "read_points",
+    "refuse_trained",
     "scan",
     "track_offsets",
     "write_point",

@@ -29,6 +29,16 @@ from torch import Tensor, nn
 
 from lightning_rlora.errors import UserError
 
+_STARTS = {
+    "pissa": "PiSSA",
+    "olora": "OLoRA",
+    "loftq": "LoftQ",
+    "lora_ga": "LoRAGA",
+    "eva": "EVA",
+    "corda": "CorDA",
+}
+"""PEFT's values of init_lora_weights that change the base or need data, and the classes that stand for them."""
+
 
 def adapter_config(fields: Mapping[str, Any]) -> PeftConfig:
     """PEFT's configuration object from its fields, named as in adapter_config.json; `peft_type` is LORA if absent.
@@ -72,8 +82,16 @@ def adapt(model: nn.Module, config: PeftConfig) -> PeftModel:
     """A new adapter on a pretrained model, with its factors in float32 and the base frozen.
 
     Raises:
-        UserError: If PEFT refuses, for unknown target modules or a rank of zero, say.
+        UserError: If PEFT refuses, for unknown target modules or a rank of zero, say; or if the configuration asks for
+            a start that changes the base or needs data.
     """
+    start = getattr(config, "init_lora_weights", None)
+    for name, wanted in _STARTS.items():
+        if isinstance(start, str) and start.lower().startswith(name):
+            raise UserError(
+                f"init_lora_weights={start!r} runs when training starts, so that checkpoints can follow it: leave it "
+                f"out, and add the callback AdapterInit with start {wanted}"
+            )
     try:
         return get_peft_model(prepare(model), config)
     except (ValueError, TypeError, re.error) as error:

@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 
 from lightning_rlora.adapters.pairs import LoraPair, matrix
+from lightning_rlora.errors import UserError
 from lightning_rlora.geometry import Point
+from lightning_rlora.geometry.gram import gram
+from lightning_rlora.geometry.stacks import stacked_by_shape
 
 START = 1e-6
 """Singular values of the point that replaces a zero product: small enough to leave the function unchanged to rounding,
@@ -98,3 +101,29 @@ def _has_full_rank(tall: Tensor, dtype: torch.dtype) -> bool:
     if not bool((sizes > 0).all()):
         return False
     return int(torch.linalg.matrix_rank(tall / sizes, rtol=10 * torch.finfo(dtype).eps)) == tall.shape[1]
+
+
+def refuse_trained(pairs: list[LoraPair], start: str) -> None:
+    """Refuse pairs that hold an update already, beyond the tiny start that optimizers on the manifold give.
+
+    Raises:
+        UserError: If a product is not near zero.
+    """
+    for pair, size in zip(pairs, _sizes(pairs), strict=True):
+        if size > 10 * START:
+            raise UserError(
+                f"the adapter of layer {pair.name} holds an update already (trained before, or by its "
+                f"init_lora_weights), which {start} would throw away: start a new one, or leave the callback out"
+            )
+
+
+@torch.no_grad()
+def _sizes(pairs: list[LoraPair]) -> list[float]:
+    """The root mean square of each product's r singular values, by |B A|^2 = tr(B^T B A A^T)."""
+
+    def squares(b: Tensor, a: Tensor) -> tuple[Tensor]:
+        return ((gram(b) * gram(a.mT)).sum((-2, -1)),)
+
+    found = stacked_by_shape(squares, [matrix(pair.b) for pair in pairs], [matrix(pair.a) for pair in pairs])
+    totals = torch.stack([square.to(found[0][0].device) for (square,) in found]).tolist()
+    return [pair.scaling * (max(x, 0.0) / pair.shape[2]) ** 0.5 for pair, x in zip(pairs, totals, strict=True)]

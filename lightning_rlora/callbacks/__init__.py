@@ -1,6 +1,7 @@
 """Lightning callbacks: thin shells around the geometry, the initialisation and the bookkeeping of a run."""
 
 from lightning_rlora.callbacks.adapter_export import AdapterExport
+from lightning_rlora.callbacks.adapter_init import AdapterInit
 from lightning_rlora.callbacks.adapter_only_checkpoint import AdapterOnlyCheckpoint
 from lightning_rlora.callbacks.locally_optimal_init import LocallyOptimalInit
 from lightning_rlora.callbacks.retraction import Retraction
@@ -10,6 +11,7 @@ from lightning_rlora.callbacks.spectrum_monitor import SpectrumMonitor
 
 __all__ = [
     "AdapterExport",
+    "AdapterInit",
     "AdapterOnlyCheckpoint",
     "LocallyOptimalInit",
     "Retraction",

@@ -11,15 +11,14 @@ from lightning_rlora.adapters import (
     find_pairs,
     get_offset,
     matrix,
+    refuse_trained,
     track_offsets,
     write_point,
 )
-from lightning_rlora.adapters.gauge import START
 from lightning_rlora.adapters.pairs import is_quantised, with_shared_base
 from lightning_rlora.adapters.probes import Probes, probing
 from lightning_rlora.errors import UserError
 from lightning_rlora.geometry import Point, Svd, randomized_svd
-from lightning_rlora.geometry.gram import gram
 from lightning_rlora.geometry.randomized_svd import generator_on
 from lightning_rlora.geometry.stacks import stacked_by_shape
 
@@ -140,31 +139,13 @@ def _check(model: nn.Module, pairs: list[LoraPair], *, subtract: bool) -> None:
             )
         if subtract and is_quantised(pair):
             raise UserError(f"the base of layer {pair.name} is quantised and cannot be shifted: use offset 'none'")
-    for pair, size in zip(pairs, _sizes(pairs), strict=True):
-        if size > 10 * START:
-            raise UserError(
-                f"the adapter of layer {pair.name} holds an update already (trained before, or by its "
-                "init_lora_weights), which locally optimal initialisation would throw away: start a new one, or "
-                "leave LocallyOptimalInit out"
-            )
+    refuse_trained(pairs, "locally optimal initialisation")
     if subtract:
         for pair in with_shared_base(model, pairs):
             raise UserError(
                 f"layer {pair.name} shares its base weight with another layer, so it cannot be shifted for one of "
                 "them: leave it out of target_modules, or use offset 'none'"
             )
-
-
-@torch.no_grad()
-def _sizes(pairs: list[LoraPair]) -> list[float]:
-    """The root mean square of each product's r singular values, by |B A|^2 = tr(B^T B A A^T)."""
-
-    def squares(b: Tensor, a: Tensor) -> tuple[Tensor]:
-        return ((gram(b) * gram(a.mT)).sum((-2, -1)),)
-
-    found = stacked_by_shape(squares, [matrix(pair.b) for pair in pairs], [matrix(pair.a) for pair in pairs])
-    totals = torch.stack([square.to(found[0][0].device) for (square,) in found]).tolist()
-    return [pair.scaling * (max(x, 0.0) / pair.shape[2]) ** 0.5 for pair, x in zip(pairs, totals, strict=True)]
 
 
 def _gradient_triplets(

@@ -26,7 +26,7 @@ from lightning_rlora.adapters import (
 from lightning_rlora.errors import UserError
 from lightning_rlora.modules.compilation import compile_in_place
 from lightning_rlora.modules.finite_loss import FiniteLoss
-from lightning_rlora.optim import FixedRankOptimizer, LinearWithWarmup, Riemannion, parameter_groups
+from lightning_rlora.optim import FixedRankOptimizer, LinearWithWarmup, Riemannion, lora_plus, parameter_groups
 
 
 class AdaptedModel(LightningModule, ABC):
@@ -42,6 +42,7 @@ class AdaptedModel(LightningModule, ABC):
         adapter_path: Folder of a saved PEFT adapter to train further, in place of a new one.
         optimizer: Makes the optimizer from parameter groups; by default Riemannion with its own defaults.
         lr_scheduler: Makes the learning-rate scheduler from the optimizer, stepped after each optimizer step.
+        lr_ratio: LoRA+: the learning rate of B over that of A.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         compile: Run the model through torch.compile.
 
@@ -58,6 +59,7 @@ class AdaptedModel(LightningModule, ABC):
         adapter_path: str | None,
         optimizer: Callable[[Iterable], Optimizer] | None,
         lr_scheduler: Callable[[Optimizer], LRScheduler] | None,
+        lr_ratio: float | None,
         gradient_checkpointing: bool,
         compile: bool,
     ) -> None:
@@ -65,6 +67,7 @@ class AdaptedModel(LightningModule, ABC):
         self.strict_loading = False  # checkpoints leave the base out; check_adapter looks after the rest
         self._optimizer_factory = optimizer
         self._scheduler_factory = lr_scheduler
+        self.lr_ratio = lr_ratio
         self._rng_to_restore: dict[str, Any] | None = None
         self._optimizers_resumed: list[str] | None = None
         self._finite_loss = FiniteLoss()
@@ -132,8 +135,11 @@ class AdaptedModel(LightningModule, ABC):
 
     def configure_optimizers(self) -> Any:
         """The optimizer of the adapter and all else that trains, and its schedule over the run."""
-        groups = parameter_groups(self.model)
-        optimizer = (self._optimizer_factory or Riemannion)(groups)
+        make = self._optimizer_factory or Riemannion
+        if self.lr_ratio is None:
+            optimizer = make(parameter_groups(self.model))
+        else:
+            optimizer = lora_plus(self.model, make, self.lr_ratio)
         if isinstance(optimizer, FixedRankOptimizer) and self.trainer.precision == "16-mixed":
             for group in optimizer.param_groups:
                 group["min_singular_value"] = max(group["min_singular_value"], 1e-6)

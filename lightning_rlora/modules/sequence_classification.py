@@ -51,6 +51,8 @@ class SequenceClassification(AdaptedModel):
         optimizer: Makes the optimizer from parameter groups; by default Riemannion with its own defaults.
         lr_scheduler: Makes the learning-rate scheduler from the optimizer, stepped after each optimizer step. If it has
             a `total_steps` that is None, the trainer's number of steps is filled in.
+        lr_ratio: LoRA+: the learning rate of B over that of A, which is the optimizer's (see `lora_plus_groups`; 16 is
+            the authors' advice). Goes with optimizers of torch's kind, not with those that move A and B together.
         dtype: Of the base's weights; the adapter's and the head's are float32 in any case.
         quantization: Load the base in 4 bits (NF4) or 8 bits with bitsandbytes.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
@@ -72,6 +74,7 @@ class SequenceClassification(AdaptedModel):
         adapter_path: str | None = None,
         optimizer: Callable[[Iterable], Optimizer] | None = None,
         lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+        lr_ratio: float | None = None,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         quantization: Literal["4bit", "8bit"] | None = None,
         gradient_checkpointing: bool = False,
@@ -99,6 +102,7 @@ class SequenceClassification(AdaptedModel):
             adapter_path=adapter_path,
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,
+            lr_ratio=lr_ratio,
             gradient_checkpointing=gradient_checkpointing,
             compile=compile,
         )

@@ -5,6 +5,7 @@ from lightning_rlora.optim.fixed_rank import FixedRankOptimizer
 from lightning_rlora.optim.groups import parameter_groups
 from lightning_rlora.optim.lora_fa import LoRAFA
 from lightning_rlora.optim.lora_muon import LoRAMuon
+from lightning_rlora.optim.lora_plus import lora_plus, lora_plus_groups
 from lightning_rlora.optim.lora_rite import LoRARITE
 from lightning_rlora.optim.lora_tsd import LoRATSD
 from lightning_rlora.optim.polora import PoLoRA
@@ -26,5 +27,7 @@ __all__ = [
     "RPrecAdamW",
     "RiemannianSGD",
     "Riemannion",
+    "lora_plus",
+    "lora_plus_groups",
     "parameter_groups",
 ]
