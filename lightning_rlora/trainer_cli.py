@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,7 +21,7 @@ from lightning_rlora.files import write_atomically
 
 
 class ConfigFile(ActionConfigFile):
-    """A configuration on top of those before it: the model's adapter and factories need more care than the parser takes.
+    """A configuration on top of others; the model's adapter and factories need more care than the parser takes.
 
     Fields of the adapter are added to the earlier ones, and null takes one away; the parser would replace all, since to
     it they are plain data. Another optimizer or scheduler starts from its own defaults; the parser would hand on every
@@ -49,7 +48,7 @@ class ConfigFile(ActionConfigFile):
 def _class_in(config: str, key: str) -> str | None:
     """The class that a configuration, a file or its content, names under a key."""
     try:
-        found = yaml.safe_load(Path(config).read_text(encoding="utf-8") if os.path.isfile(config) else config)
+        found = yaml.safe_load(Path(config).read_text(encoding="utf-8") if Path(config).is_file() else config)
         for part in (*key.split("."), "class_path"):
             found = found[part]
     except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError):

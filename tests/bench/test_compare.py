@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -56,7 +55,8 @@ def curves(output, plan):
     return [json.loads((output / run.folder / "result.json").read_text())["validation"] for run in plan.runs()]
 
 
-def test_killed_in_the_middle_it_goes_on_and_ends_with_the_same_table(tmp_path, capsys):
+def test_killed_in_the_middle_it_goes_on_and_ends_with_the_same_table(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # sums of several threads are rounded otherwise
     records = [{"text": f"The {n}th of the many sentences that tell a number."} for n in range(24)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     path = tmp_path / "plan.yaml"
@@ -73,7 +73,6 @@ def test_killed_in_the_middle_it_goes_on_and_ends_with_the_same_table(tmp_path, 
     command = ["compare", str(path), "--output", str(killed), "--set", f"data={tmp_path}", "--devices", "cpu"]
     process = subprocess.Popen(
         [sys.executable, "-m", "lightning_rlora.cli", *command],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         text=True,
     )

@@ -143,7 +143,7 @@ def test_a_ratio_of_one_is_the_plain_optimizer():
 
 def test_what_is_refused():
     model = adapted()
-    with pytest.raises(UserError, match=r"Riemannion moves the product B A together.*lr_ratio"):
+    with pytest.raises(UserError, match=r"Riemannion moves A and B together.*lr_ratio"):
         lora_plus(adapted(target_modules=["linear"]), lambda groups: Riemannion(groups, lr=0.1))
     with pytest.raises(UserError, match="positive ratio"):
         lora_plus_groups(model, LR, 0.0)
