@@ -1,17 +1,11 @@
 """Optimizers of LoRA pairs, on the manifold and beside it, their parameter groups, and learning-rate schedules."""
 
-from lightning_rlora.optim.factor_muon import FactorMuon
 from lightning_rlora.optim.fixed_rank import FixedRankOptimizer
 from lightning_rlora.optim.groups import parameter_groups
-from lightning_rlora.optim.lora_fa import LoRAFA
-from lightning_rlora.optim.lora_muon import LoRAMuon
 from lightning_rlora.optim.lora_plus import lora_plus, lora_plus_groups
-from lightning_rlora.optim.lora_rite import LoRARITE
-from lightning_rlora.optim.lora_tsd import LoRATSD
-from lightning_rlora.optim.polora import PoLoRA
+from lightning_rlora.optim.peers import FactorMuon, LoRAFA, LoRAMuon, LoRARITE, LoRATSD, PoLoRA, RPrecAdamW
 from lightning_rlora.optim.riemannian_sgd import RiemannianSGD
 from lightning_rlora.optim.riemannion import Riemannion
-from lightning_rlora.optim.rprec_adamw import RPrecAdamW
 from lightning_rlora.optim.schedules import CosineWithWarmup, LinearWithWarmup
 
 __all__ = [

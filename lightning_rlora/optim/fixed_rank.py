@@ -20,7 +20,7 @@ from lightning_rlora.optim.batched import Batch, batches
 from lightning_rlora.optim.groups import PairInGroup, check_options, check_pair, parameter_groups
 
 if TYPE_CHECKING:
-    from lightning_rlora.optim.graphed import GraphedStep
+    from lightning_rlora.optim.cuda.graphed import GraphedStep
 
 _NOT_FINITE = "the gradient is not finite: lower the learning rate, clip it, or look for bad input data"
 
@@ -217,7 +217,7 @@ class FixedRankOptimizer(Optimizer):
             self._init_state(pair)
         if not can_be_graphed([self.state[factor]["momentum"] for factor in factors]):
             return None
-        from lightning_rlora.optim.graphed import GraphedStep
+        from lightning_rlora.optim.cuda.graphed import GraphedStep
 
         graphed = GraphedStep(pairs, self.param_groups, self.state, self.max_tangent_norm)
         return graphed if graphed.ready() else None

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from lightning_rlora.errors import UserError
 from lightning_rlora.optim.fixed_rank import FixedRankOptimizer
 from lightning_rlora.optim.groups import parameter_groups
-from lightning_rlora.optim.per_pair import PerPairOptimizer
+from lightning_rlora.optim.peers.per_pair import PerPairOptimizer
 
 
 def lora_plus_groups(

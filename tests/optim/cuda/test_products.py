@@ -7,7 +7,7 @@ from lightning_rlora.geometry import gram
 
 pytest.importorskip("triton", reason="the fast step is written in Triton")
 
-from lightning_rlora.optim import products
+from lightning_rlora.optim.cuda import products
 
 TOLERANCE = 1e-5
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -6,10 +6,10 @@ import torch
 pytest.importorskip("triton", reason="the fast step is written in Triton")
 
 from lightning_rlora.geometry import gram
-from lightning_rlora.optim import product_kernels, products
 from lightning_rlora.optim.anchors import sketch
-from lightning_rlora.optim.small_kernels import cholesky, orthogonal_columns, warps
-from lightning_rlora.optim.tall_passes import TallPasses
+from lightning_rlora.optim.cuda import product_kernels, products
+from lightning_rlora.optim.cuda.small_kernels import cholesky, orthogonal_columns, warps
+from lightning_rlora.optim.cuda.tall_passes import TallPasses
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = [(4, [(20, 33), (50, 17)]), (3, [(20, 48)]), (16, [(48, 32)]), (20, [(40, 50)]), (70, [(80, 100)])]

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_rlora.optim.small_kernels import warps
+from lightning_rlora.optim.cuda.small_kernels import warps
 
 TILE = 64
 _DEPTH = 16

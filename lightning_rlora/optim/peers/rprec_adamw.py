@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_rlora.optim.per_pair import PerPairOptimizer, Side
-from lightning_rlora.optim.roots import gram
+from lightning_rlora.optim.peers.per_pair import PerPairOptimizer, Side
+from lightning_rlora.optim.peers.roots import gram
 
 
 def preconditioned(gradient: Tensor, other: Tensor, damping: float) -> Tensor:

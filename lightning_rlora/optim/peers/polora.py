@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from lightning_rlora.geometry.batched_eigh import eigh
-from lightning_rlora.optim.lora_muon import decayed
-from lightning_rlora.optim.per_pair import PerPairOptimizer, Side, in_weight_units
-from lightning_rlora.optim.roots import gram, inverse_root, msign, spectral_norm
+from lightning_rlora.optim.peers.lora_muon import decayed
+from lightning_rlora.optim.peers.per_pair import PerPairOptimizer, Side, in_weight_units
+from lightning_rlora.optim.peers.roots import gram, inverse_root, msign, spectral_norm
 
 RIDGE = 1e-4
 """Added to curvatures, diagonal or not, as a share of the largest."""

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_rlora.optim.per_pair import PerPairOptimizer, Side, in_weight_units
-from lightning_rlora.optim.roots import gram, inverse_root, msign
+from lightning_rlora.optim.peers.per_pair import PerPairOptimizer, Side, in_weight_units
+from lightning_rlora.optim.peers.roots import gram, inverse_root, msign
 
 RIDGE = 1e-5
 """Added to the diagonal of a Gram matrix before its root, as a share of the matrix's Frobenius norm."""

@@ -12,8 +12,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from lightning_rlora.optim import Riemannion, products
-from lightning_rlora.optim.bucket import Bucket
+from lightning_rlora.optim import Riemannion
+from lightning_rlora.optim.cuda import products
+from lightning_rlora.optim.cuda.bucket import Bucket
 from lightning_rlora.optim.groups import HYPERPARAMETERS, PairInGroup
 
 TARGET = GPUTarget("cuda", 90, 32)

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from lightning_rlora.optim.anchors import sketch_rows, sketch_stride
-from lightning_rlora.optim.tall_kernels import (
+from lightning_rlora.optim.cuda.tall_kernels import (
     _apply,
     _gram_many_tiles,
     _gram_one_tile,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_rlora.optim.small_kernels import orthogonal_columns
+from lightning_rlora.optim.cuda.small_kernels import orthogonal_columns
 
 TINY = 1e-300
 

@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_rlora.optim.per_pair import Side
-from lightning_rlora.optim.rprec_adamw import RPrecAdamW, adamw_side, preconditioned
+from lightning_rlora.optim.peers.per_pair import Side
+from lightning_rlora.optim.peers.rprec_adamw import RPrecAdamW, adamw_side, preconditioned
 
 
 class LoRAFA(RPrecAdamW):

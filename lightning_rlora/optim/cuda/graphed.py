@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_rlora.optim.bucket import Bucket, pinned
+from lightning_rlora.optim.cuda.bucket import Bucket, pinned
 from lightning_rlora.optim.groups import HYPERPARAMETERS, PairInGroup
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_rlora.optim.per_pair import PerPairOptimizer, Side
+from lightning_rlora.optim.peers.per_pair import PerPairOptimizer, Side
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
 """Coefficients a, b, c of Muon's iteration a X + (b X X^T + c (X X^T)^2) X, the ones of torch.optim.Muon."""

@@ -11,7 +11,7 @@ from lightning_rlora.optim import RiemannianSGD, Riemannion, fixed_rank
 
 pytest.importorskip("triton", reason="the fast step is written in Triton")
 
-from lightning_rlora.optim.graphed import GraphedStep
+from lightning_rlora.optim.cuda.graphed import GraphedStep
 from lightning_rlora.optim.groups import PairInGroup
 
 GPU = torch.cuda.is_available()

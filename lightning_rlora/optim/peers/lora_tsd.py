@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_rlora.optim.lora_muon import decayed
-from lightning_rlora.optim.per_pair import PerPairOptimizer, Side, in_weight_units
-from lightning_rlora.optim.roots import gram, inverse_root, msign
+from lightning_rlora.optim.peers.lora_muon import decayed
+from lightning_rlora.optim.peers.per_pair import PerPairOptimizer, Side, in_weight_units
+from lightning_rlora.optim.peers.roots import gram, inverse_root, msign
 
 RIDGE = 1e-8
 """Added to the diagonal of a Gram matrix, as a share of its mean."""

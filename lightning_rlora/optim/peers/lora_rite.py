@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from lightning_rlora.geometry.batched_eigh import eigh
-from lightning_rlora.optim.per_pair import PerPairOptimizer, Side, in_weight_units
-from lightning_rlora.optim.roots import gram, pseudo_inverse_root
+from lightning_rlora.optim.peers.per_pair import PerPairOptimizer, Side, in_weight_units
+from lightning_rlora.optim.peers.roots import gram, pseudo_inverse_root
 
 
 def lora_rite_step(

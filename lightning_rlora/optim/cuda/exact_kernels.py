@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_rlora.optim.product_kernels import _entries, _product
-from lightning_rlora.optim.small_kernels import _rotate
+from lightning_rlora.optim.cuda.product_kernels import _entries, _product
+from lightning_rlora.optim.cuda.small_kernels import _rotate
 
 _DEPTH = 16
 _PAIRS = 8

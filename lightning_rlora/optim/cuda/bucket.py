@@ -9,11 +9,11 @@ from torch import Tensor
 
 from lightning_rlora.errors import UserError
 from lightning_rlora.geometry import RANK_TOLERANCE
-from lightning_rlora.optim import products, small_matrices
 from lightning_rlora.optim.anchors import MOVED, sketch_rows, stands
+from lightning_rlora.optim.cuda import products, small_matrices
+from lightning_rlora.optim.cuda.small_kernels import cholesky
+from lightning_rlora.optim.cuda.tall_passes import TallPasses
 from lightning_rlora.optim.groups import HYPERPARAMETERS, PairInGroup
-from lightning_rlora.optim.small_kernels import cholesky
-from lightning_rlora.optim.tall_passes import TallPasses
 from lightning_rlora.optim.two_pass import (
     RANGE_FLOOR,
     Direction,

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_rlora.geometry import gram
-from lightning_rlora.optim import exact_kernels, product_kernels, small_kernels
-from lightning_rlora.optim.small_matrices import TINY, nudged
+from lightning_rlora.optim.cuda import exact_kernels, product_kernels, small_kernels
+from lightning_rlora.optim.cuda.small_matrices import TINY, nudged
 
 _CUSHION = 0.02
 """Singular values above this share of the largest are never made smaller than it, or rounding would grow with them."""
