@@ -26,7 +26,8 @@ def extract_choice(text: str, choices: Sequence[str]) -> str | None:
     """The first valid choice after "answer is", or else the first in the text.
 
     Case and spaces do not matter ("answer2", "ANSWER 2"), but "answer 22" is not "answer2" and "untrue" not "true". A
-    letter to choose stands alone; as a small one also without a word after it, or "is a dog" would choose A.
+    letter to choose stands alone; as a small one also without a word after it, or "is a dog" would choose A, and where
+    nothing says that it is the answer, "A dog is" does not choose A either.
 
     Args:
         text: What the model wrote.
@@ -35,17 +36,21 @@ def extract_choice(text: str, choices: Sequence[str]) -> str | None:
     Returns:
         The choice as it is written in `choices`, or None.
     """
-    patterns = [(choice, _choice_pattern(choice)) for choice in choices]
-    for part in _from_marks(text, _MARK):
-        found = [(match.start(), choice) for choice, pattern in patterns if (match := pattern.search(part))]
+    mark = _MARK.search(text)
+    parts = [(text[mark.end() :], True), (text, False)] if mark else [(text, False)]
+    for part, marked in parts:
+        found = [
+            (match.start(), choice) for choice in choices if (match := _choice_pattern(choice, marked).search(part))
+        ]
         if found:
             return min(found)[1]
     return None
 
 
-def _choice_pattern(choice: str) -> re.Pattern[str]:
+def _choice_pattern(choice: str, marked: bool) -> re.Pattern[str]:
     if len(choice) == 1 and choice.isalpha():
-        return re.compile(rf"(?<!\w)(?:{choice.upper()}(?!\w)|{choice.lower()}(?!\w|\s+\w))")
+        article = r"|\s+(?!is\b)[a-z]" if choice.upper() == "A" and not marked else ""
+        return re.compile(rf"(?<!\w)(?:{choice.upper()}(?!\w{article})|{choice.lower()}(?!\w|\s+\w))")
     name = choice.rstrip("0123456789")
     number = choice.removeprefix(name)
     end = rf"\s*{number}(?![0-9])" if number else r"(?!\w)"
@@ -75,12 +80,6 @@ def _shortest(number: re.Match[str]) -> str:
     decimals = (number["decimals"] or number["fraction"] or "").rstrip("0").rstrip(".")
     size = whole + decimals + (number["denominator"] or "")
     return f"-{size}" if number["sign"] and size != "0" else size
-
-
-def _from_marks(text: str, mark: re.Pattern[str]) -> list[str]:
-    """What follows the first mark, if there is one, and then the whole text."""
-    begin = mark.search(text)
-    return [text[begin.end() :], text] if begin else [text]
 
 
 def accuracies(answers: Iterable[Mapping[str, Any]]) -> dict[str, float]:

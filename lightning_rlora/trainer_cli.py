@@ -2,68 +2,46 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
-from lightning.pytorch.cli import ActionConfigFile, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from lightning_rlora import callbacks, data, modules, optim  # noqa: F401  - so that configs may use short class names
 from lightning_rlora.callbacks import AdapterExport, RunRecord, SpectrumMonitor
 from lightning_rlora.callbacks.atomic_checkpoint_io import AtomicCheckpointIO
 from lightning_rlora.errors import UserError
 from lightning_rlora.files import write_atomically
+from lightning_rlora.fragments import Config, merge, read_mapping
 
 
-class ConfigFile(ActionConfigFile):
-    """A configuration on top of others; the model's adapter and factories need more care than the parser takes.
+def one_configuration(args: list[str]) -> list[str]:
+    """Lay all configuration files of a command line over each other (see `merge`), as one before its other options.
 
-    Fields of the adapter are added to the earlier ones, and null takes one away; the parser would replace all, since to
-    it they are plain data. Another optimizer or scheduler starts from its own defaults; the parser would hand on every
-    option of the same name.
+    The parser's own way would replace the adapter's fields as a whole, and hand an optimizer's options on to another.
+
+    Raises:
+        UserError: If one of several files cannot be read.
     """
-
-    @staticmethod
-    def apply_config(parser: ArgumentParser, cfg: Namespace, dest: str, value: str) -> None:
-        """Take over a file's values."""
-        for name in ("optimizer", "lr_scheduler"):
-            key = f"model.init_args.{name}"
-            given, earlier = _class_in(value, key), cfg.get(key)
-            if given and earlier and given.rpartition(".")[2] != earlier["class_path"].rpartition(".")[2]:
-                cfg[key] = None
-        key = "model.init_args.adapter"
-        fields = cfg.get(key)
-        ActionConfigFile.apply_config(parser, cfg, dest, value)
-        later = cfg.get(key)
-        if isinstance(later, dict):
-            fields = (fields if isinstance(fields, dict) else {}) | later
-            cfg[key] = {name: field for name, field in fields.items() if field is not None}
-
-
-def _class_in(config: str, key: str) -> str | None:
-    """The class that a configuration, a file or its content, names under a key."""
-    try:
-        found = yaml.safe_load(Path(config).read_text(encoding="utf-8") if Path(config).is_file() else config)
-        for part in (*key.split("."), "class_path"):
-            found = found[part]
-    except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError):
-        return None  # names none; if something is wrong, the parser says what
-    return found
+    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    options.add_argument("-c", "--config", action="append", default=[])
+    found, others = options.parse_known_args(args)
+    if len(found.config) < 2:
+        return args
+    merged: Config = {}
+    for path in found.config:
+        merged = merge(merged, read_mapping(Path(path)))
+    return [others[0], "--config", yaml.safe_dump(merged, sort_keys=False), *others[1:]]
 
 
 class Parser(LightningArgumentParser):
-    """A parser whose errors are one line, and whose configuration files build on each other."""
-
-    def add_argument(self, *args: Any, **kwargs: Any) -> Any:
-        """Add an argument; configuration files are `ConfigFile`."""
-        if kwargs.get("action") is ActionConfigFile:
-            kwargs["action"] = ConfigFile
-        return super().add_argument(*args, **kwargs)
+    """A parser whose errors are one line."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise a `UserError` with what matters of the message."""
@@ -115,7 +93,7 @@ class RloraCLI(LightningCLI):
             save_config_callback=SaveFitConfig,
             save_config_kwargs={"overwrite": True},
             parser_class=Parser,
-            args=args,
+            args=one_configuration(args),
             seed_everything_default=0,
             trainer_defaults={
                 "logger": False,

@@ -8,7 +8,13 @@ import pytest
 import lightning_rlora
 
 PACKAGE = Path(lightning_rlora.__file__).parent
-FREE = {"errors", "files", "assets", "scoring"}  # may be imported by every layer, and import nothing but errors
+FREE = {
+    "errors",
+    "files",
+    "fragments",
+    "assets",
+    "scoring",
+}  # may be imported by every layer, and import nothing but errors
 ALLOWED = {
     "geometry": set(),
     "adapters": {"geometry"},

@@ -71,17 +71,27 @@ def test_a_later_configuration_adds_to_the_adapters_fields(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["fit", *files, "--model.adapter.lora_dropout", "0.1", "--print_config"])
     adapter = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["adapter"]
-    assert adapter == {"r": 5, "target_modules": "all-linear", "use_dora": True, "lora_dropout": 0.1}
+    # null stands for PEFT's own default
+    assert adapter == {
+        "r": 5,
+        "lora_alpha": None,
+        "target_modules": "all-linear",
+        "use_dora": True,
+        "lora_dropout": 0.1,
+    }
 
 
 def test_another_optimizer_takes_no_options_of_the_one_before(tmp_path, capsys):
     (tmp_path / "more.yaml").write_text("model: {init_args: {optimizer: {class_path: LoRAMuon, init_args: {lr: 0.2}}}}")
     (tmp_path / "last.yaml").write_text("model: {init_args: {optimizer: {init_args: {weight_decay: 0.1}}}}")
-    files = ["quickstart.yaml", tmp_path / "more.yaml", tmp_path / "last.yaml"]
-    with pytest.raises(SystemExit):
-        main(["fit", *(part for file in files for part in ("--config", str(CONFIGS / file))), "--print_config"])
-    options = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["optimizer"]["init_args"]
-    assert (options["lr"], options["weight_decay"], options["momentum"]) == (0.2, 0.1, 0.9)  # the quickstart has 0.6
+    (tmp_path / "bare.yaml").write_text("model: {init_args: {optimizer: LoRAMuon}}")
+    for middle, lr in (("more.yaml", 0.2), ("bare.yaml", 0.01)):
+        files = ["quickstart.yaml", tmp_path / middle, tmp_path / "last.yaml"]
+        with pytest.raises(SystemExit):
+            main(["fit", *(part for file in files for part in ("--config", str(CONFIGS / file))), "--print_config"])
+        options = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["optimizer"]["init_args"]
+        # the quickstart has a rate of 0.1 and a momentum of 0.6
+        assert (options["lr"], options["weight_decay"], options["momentum"]) == (lr, 0.1, 0.9)
 
 
 @pytest.mark.parametrize("path", METHODS, ids=lambda path: path.stem)

@@ -112,6 +112,9 @@ CHOICES = [
     (LETTERS, "The correct answer is a", "A"),
     (LETTERS, "The correct answer is a dog", None),
     (LETTERS, "It is a dog, so B", "B"),
+    (LETTERS, "A person would be happy. I think B.", "B"),
+    (LETTERS, "A is right, not B", "A"),
+    (LETTERS, "The answer is A because of B", "A"),
     (LETTERS, "D", None),
     (LETTERS, "ABC", None),
 ]

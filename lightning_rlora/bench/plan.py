@@ -23,8 +23,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lightning_rlora.bench.fragments import Config, as_config, fill, merge, read_mapping
 from lightning_rlora.errors import UserError
+from lightning_rlora.fragments import Config, as_config, fill, merge, read_mapping
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 _PLAN_KEYS = {

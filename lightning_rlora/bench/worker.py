@@ -25,10 +25,10 @@ from typing import Any
 
 import yaml
 
-from lightning_rlora.bench.fragments import Config, merge
 from lightning_rlora.bench.plan import Run
 from lightning_rlora.bench.results import Curve, Result, result_of, write_result
 from lightning_rlora.errors import Diverged, user_line
+from lightning_rlora.fragments import Config, merge
 
 Fit = Callable[[Path], None]
 """Trains as a configuration file says; what `rlora fit --config` does."""

@@ -130,7 +130,10 @@ def _gsm8k(record: Record, number: int) -> Question:
 
 def _metamath(record: Record, number: int) -> Question:
     solution = _text(record, "response", number)
-    return Question(_SOLVE, _text(record, "query", number), solution, (), extract_number(solution))
+    final = solution.rpartition("The answer is:")[2].strip().rstrip(".")
+    # many answers are formulas, of which a number would be only a part
+    gold = extract_number(final) if re.fullmatch(r"-?\$?[0-9,]*\.?[0-9]+%?", final) else None
+    return Question(_SOLVE, _text(record, "query", number), solution, (), gold)
 
 
 TASKS = {

@@ -77,7 +77,9 @@ class AdaptedModel(LightningModule, ABC):
                 raise UserError("give either adapter (a new one) or adapter_path (a saved one), not both")
             self.model = load_adapter(model, adapter_path)
         else:
-            config = adapter_config({"task_type": task_type} | (adapter or {}))
+            # null stands for PEFT's default
+            given = {name: value for name, value in (adapter or {}).items() if value is not None}
+            config = adapter_config({"task_type": task_type} | given)
             if getattr(config, "target_modules", ...) is None:
                 config.target_modules = "all-linear"  # type: ignore[attr-defined]
             self.model = adapt(model, config)

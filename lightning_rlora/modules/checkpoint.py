@@ -1,5 +1,6 @@
 """A module back from a checkpoint file, and an ordinary model as a folder."""
 
+import inspect
 import shutil
 import tempfile
 import warnings
@@ -26,6 +27,8 @@ def load_module(path: str | Path) -> Any:
     if "_class_path" in settings:
         home, _, name = settings["_class_path"].rpartition(".")
         module_class = getattr(import_module(home), name)
+    if inspect.isabstract(module_class):
+        raise UserError(f"{path} belongs to a module class of your own: load it by that class's load_from_checkpoint")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*Found keys that are in the model state dict")  # the base, as it should be
         return module_class.load_from_checkpoint(path, map_location="cpu", weights_only=True).eval()

@@ -12,7 +12,7 @@ from torchmetrics.classification import (
 )
 
 
-class Task(NamedTuple):
+class LabelTask(NamedTuple):
     """What a task asks for.
 
     Attributes:
@@ -27,15 +27,15 @@ class Task(NamedTuple):
 
 
 GLUE = {
-    "cola": Task(("unacceptable", "acceptable"), ("matthews",)),
-    "mnli": Task(("entailment", "neutral", "contradiction"), ("accuracy",), ("mismatched",)),
-    "mrpc": Task(("not_equivalent", "equivalent"), ("accuracy", "f1")),
-    "qnli": Task(("entailment", "not_entailment"), ("accuracy",)),
-    "qqp": Task(("not_duplicate", "duplicate"), ("accuracy", "f1")),
-    "rte": Task(("entailment", "not_entailment"), ("accuracy",)),
-    "sst2": Task(("negative", "positive"), ("accuracy",)),
-    "stsb": Task((), ("pearson", "spearman")),
-    "wnli": Task(("not_entailment", "entailment"), ("accuracy",)),
+    "cola": LabelTask(("unacceptable", "acceptable"), ("matthews",)),
+    "mnli": LabelTask(("entailment", "neutral", "contradiction"), ("accuracy",), ("mismatched",)),
+    "mrpc": LabelTask(("not_equivalent", "equivalent"), ("accuracy", "f1")),
+    "qnli": LabelTask(("entailment", "not_entailment"), ("accuracy",)),
+    "qqp": LabelTask(("not_duplicate", "duplicate"), ("accuracy", "f1")),
+    "rte": LabelTask(("entailment", "not_entailment"), ("accuracy",)),
+    "sst2": LabelTask(("negative", "positive"), ("accuracy",)),
+    "stsb": LabelTask((), ("pearson", "spearman")),
+    "wnli": LabelTask(("not_entailment", "entailment"), ("accuracy",)),
 }
 """GLUE's tasks by their names in the data set `nyu-mll/glue`."""
 
@@ -50,6 +50,6 @@ METRICS: dict[str, Callable[[int], Metric]] = {
 """What makes each metric from the number of classes; all take predictions and targets of shape (batch,)."""
 
 
-def custom_task(class_names: Sequence[str]) -> Task:
+def custom_task(class_names: Sequence[str]) -> LabelTask:
     """A task of one's own, scored by accuracy and macro F1, or for a number as STS-B is."""
-    return Task(tuple(class_names), ("accuracy", "f1_macro")) if class_names else GLUE["stsb"]
+    return LabelTask(tuple(class_names), ("accuracy", "f1_macro")) if class_names else GLUE["stsb"]

@@ -17,7 +17,7 @@ from lightning_rlora.errors import UserError
 from lightning_rlora.modules.adapted_model import AdaptedModel
 from lightning_rlora.modules.base_model import load_classifier, load_tokenizer
 from lightning_rlora.modules.compilation import explained_compile_errors
-from lightning_rlora.modules.glue import GLUE, METRICS, Task, custom_task
+from lightning_rlora.modules.glue import GLUE, METRICS, LabelTask, custom_task
 
 _HEADS = {"classifier", "score"}
 """Names of the modules that PEFT trains and saves for every classifier."""
@@ -180,7 +180,7 @@ class SequenceClassification(AdaptedModel):
         return [record | {"label": self.class_names[label], "probability": p} for record, label, p in found]
 
 
-def _scoring(task: str | None, num_labels: int | None, class_names: list[str] | None) -> Task:
+def _scoring(task: str | None, num_labels: int | None, class_names: list[str] | None) -> LabelTask:
     """The classes and metrics that exactly one of the three arguments tells."""
     if [task, num_labels, class_names].count(None) != 2:
         raise UserError("give exactly one of task (of GLUE), num_labels (1 for regression) and class_names")

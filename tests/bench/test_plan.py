@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plans import PLAN, make_plan, write_plan
 
-from lightning_rlora.bench.fragments import merge
 from lightning_rlora.bench.plan import read_plan
 from lightning_rlora.errors import UserError
+from lightning_rlora.fragments import merge
 
 values = st.integers(0, 3) | st.just([1, 2])
 for _ in range(2):

@@ -119,6 +119,15 @@ def test_records_that_do_not_fit(name, change, message):
         TASKS[name].question(RECORDS[name] | change, 7)
 
 
+@pytest.mark.parametrize(
+    ("final", "gold"),
+    [("72", "72"), ("$1,200.", "1200"), ("-3.50", "-3.5"), (r"\\frac{1}{3}", None), ("x^2+3", None), ("1/2", None)],
+)
+def test_metamath_is_scored_where_the_answer_is_a_number(final, gold):
+    record = {"query": "What?", "response": f"First 5.\nThe answer is: {final}"}
+    assert TASKS["metamath"].question(record, 1).gold == gold
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_a_missing_field_is_named(name):
     for gone in set(RECORDS[name]) - {"type"}:

@@ -55,11 +55,13 @@ def merge(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> Config:
     """Lay one configuration over another: mappings are merged, anything else is replaced.
 
     A mapping that names another class than the one below it replaces it whole: the arguments of AdamW mean nothing to
-    another optimizer.
+    another optimizer. A class may stand as its bare name, without arguments.
     """
     merged = dict(base)
     for key, value in overlay.items():
         below = merged.get(key)
+        if isinstance(below, str) and isinstance(value, Mapping) and value.keys() == {"init_args"}:
+            below = {"class_path": below}
         if isinstance(value, Mapping) and isinstance(below, Mapping) and _same_class(below, value):
             merged[key] = merge(below, value)
         else:
