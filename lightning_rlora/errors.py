@@ -10,7 +10,7 @@ class UserError(ValueError):
 
 
 class Diverged(UserError):
-    """A training loss that is not finite: bad for a single run, a result like others for a sweep of learning rates."""
+    """A loss or gradient that is not finite: bad for a single run, a result like others for a sweep of rates."""
 
 
 def user_line(error: BaseException) -> str | None:

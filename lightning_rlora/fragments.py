@@ -17,12 +17,16 @@ _VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number, as jsonargparse and everybody reads it; YAML 1.1 wants 1.0e-3."""
+    """YAML in which 1e-3 is a number and a date is text, as jsonargparse reads them; YAML 1.1 wants 1.0e-3."""
 
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
 )
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
 
 
 def read_mapping(path: Path) -> Config:

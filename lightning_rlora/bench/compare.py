@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from lightning_rlora.bench.plan import Plan
+from lightning_rlora.bench.fragments import fill
+from lightning_rlora.bench.plan import Plan, Run
 from lightning_rlora.bench.pool import run_all
 from lightning_rlora.bench.results import Result, read_result
 from lightning_rlora.bench.worker import Fit, Job
@@ -42,14 +43,16 @@ def run_plan(
         keep_adapters: Keep every run's trained adapter; without, only its size is kept.
 
     Raises:
-        UserError: If another comparison is at work in the folder, or a variable has no value.
+        UserError: If another comparison is at work in the folder, a variable has no value, or the folder holds results
+            with another one.
     """
     for name in only:
         if name not in plan.methods:
             raise UserError(f"--only names {name!r}, which is none of the methods: {', '.join(plan.methods)}")
     runs = [run for run in plan.runs() if not only or run.method in only]
     with _alone_in(output):
-        left = [run for run in runs if not _is_done(read_result(output, run))]
+        done = {run.folder for run, result in _results(plan, output) if result.status != "failed"}
+        left = [run for run in runs if run.folder not in done]
         todo = [Job(run, plan.filled(run), output.absolute(), jobs, keep_adapters) for run in left]
         print(
             f"{len(runs)} runs, {len(runs) - len(todo)} of them done; {jobs} at a time on {', '.join(devices)}",
@@ -61,9 +64,9 @@ def run_plan(
         workers = [device for _ in range(jobs) for device in devices]
         threads = max(1, (os.cpu_count() or 1) // len(workers))
         limit = None if limit_minutes is None else 60 * limit_minutes
-        done = run_all(todo, workers, threads, fit, progress.report, limit)
-        if done < len(todo):
-            print(f"time is up with {len(todo) - done} runs left: start again to go on", flush=True)
+        ended = run_all(todo, workers, threads, fit, progress.report, limit)
+        if ended < len(todo):
+            print(f"time is up with {len(todo) - ended} runs left: start again to go on", flush=True)
 
 
 def write_outputs(plan: Plan, output: Path) -> list[Result]:
@@ -71,26 +74,31 @@ def write_outputs(plan: Plan, output: Path) -> list[Result]:
 
     Returns:
         The results, failed ones too.
+
+    Raises:
+        UserError: If the folder holds results with other values of the plan's variables.
     """
     from lightning_rlora.bench.outputs import as_csv, as_json, markdown, peft_layout
     from lightning_rlora.bench.report import write_report
     from lightning_rlora.bench.table import table
 
-    runs = plan.runs()
-    found = [(run, result) for run in runs if (result := read_result(output, run)) is not None]
-    results = [result for _, result in found]
-    tables = {task: table(results, task, plan.reference, plan.steps[0]) for task in plan.tasks}
+    results = [result for _, result in _results(plan, output)]
+    tables = {task: table(results, task, plan) for task in plan.tasks}
     best = {(row.task, row.method, row.steps, row.rate) for rows in tables.values() for row in rows}
-    public = replace(plan, variables={name: _shown(value) for name, value in plan.variables.items()})
-    for run, result in found:
-        if result.status == "finished" and (run.task, run.method, run.steps, run.rate) in best:
-            content = peft_layout(replace(result, config=public.filled(run)))
+    written = set()
+    for result in results:
+        if result.status == "finished" and (result.task, result.method, result.steps, result.rate) in best:
+            content = peft_layout(replace(result, config=fill(result.config, result.variables, partly=True)))
             name = content["run_info"]["experiment_name"].replace("/", "--")
-            write_atomically(output / "method_comparison" / f"{name}.json", json.dumps(content, indent=2).encode())
+            path = output / "method_comparison" / f"{name}.json"
+            write_atomically(path, json.dumps(content, indent=2).encode())
+            written.add(path)
+    for path in set((output / "method_comparison").glob("*.json")) - written:
+        path.unlink()  # of a rate that was the best one before
     write_atomically(output / "table.md", markdown(tables, plan).encode())
     write_atomically(output / "table.csv", as_csv(tables).encode())
     write_atomically(output / "table.json", as_json(tables).encode())
-    write_report(output, public, results, tables, len(runs))
+    write_report(output, plan, results, tables, len(plan.runs()))
     return results
 
 
@@ -104,13 +112,24 @@ def visible_devices() -> list[str]:
     return [str(number) for number in range(torch.cuda.device_count())] or ["cpu"]
 
 
-def _is_done(result: Result | None) -> bool:
-    return result is not None and result.status != "failed"
+def _results(plan: Plan, output: Path) -> list[tuple[Run, Result]]:
+    """The results of a plan's runs that are there, of one and the same base model and data."""
+    found = [(run, result) for run in plan.runs() if (result := read_result(output, run)) is not None]
+    for run, result in found:
+        for name, value in run.variables.items():
+            before = result.variables.get(name, value)
+            if result.status != "failed" and not _same_place(before, value):
+                raise UserError(
+                    f"{output} holds results with {name} = {before}, and now {name} = {value}: give another --output, "
+                    f"or the {name} of before with --set"
+                )
+    return found
 
 
-def _shown(value: str | None) -> str:
-    """A variable's value for outsiders: of a place on this machine only the last part of its path."""
-    return "" if value is None else Path(value).name if Path(value).is_absolute() else value
+def _same_place(one: str, other: str) -> bool:
+    """Whether two values can mean the same: a model's id and a folder that is called like its last part do."""
+    pairs = zip(reversed(Path(one).parts), reversed(Path(other).parts), strict=False)
+    return all(left == right for left, right in pairs)
 
 
 class _Progress:

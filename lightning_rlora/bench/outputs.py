@@ -27,9 +27,9 @@ def cells(row: Row, reference: Row | None) -> Cells:
         reference: The reference's row, for the share of its steps.
     """
     to_reference = "not reached" if reference else ""
-    if row.steps_to_reference is not None and reference is not None and reference.steps_to_reference:
+    if row.steps_to_reference is not None and reference is not None and reference.steps_to_reference is not None:
         to_reference = f"{row.steps_to_reference:.0f}"
-        if row is not reference:
+        if row is not reference and row.steps_to_reference > 0:
             to_reference += f" ({reference.steps_to_reference / row.steps_to_reference:.2f}x)"
     window = row.window
     diverged_everywhere = math.isinf(row.loss)
@@ -53,9 +53,9 @@ def cells(row: Row, reference: Row | None) -> Cells:
 
 
 def number_with_spread(row: Row) -> str:
-    """A loss with its standard deviation over seeds, and how many these were."""
+    """A loss with its standard deviation over seeds, how many these were, and whether all rates have as many."""
     spread = "" if row.spread is None else f" ± {row.spread:.4f}"
-    return f"{row.loss:.4f}{spread} (n={row.seeds})"
+    return f"{row.loss:.4f}{spread} (n={row.seeds}{'' if row.complete else ', incomplete'})"
 
 
 def reference_row(rows: Iterable[Row], plan: Plan) -> Row | None:
@@ -83,7 +83,8 @@ def explanation(plan: Plan) -> str:
     """What the columns mean, in a few sentences."""
     return (
         "Validation loss: in nats (per token, of language models) at the last step, mean and standard deviation over n "
-        "seeds, at the best of the rates tried by that very mean; (edge): no rate was tried below or above. Accuracy: "
+        "seeds, at the best of the rates tried by that very mean; incomplete: some rates have fewer seeds yet, and are "
+        "left out of the choice; (edge): no rate was compared below or above. Accuracy: "
         "of classes or, of language models, next tokens, in the same runs. Rates within 1 %: highest over lowest rate "
         "around the best whose loss is at most 1 % above the best (≥: as far as was tried). Reference: the "
         f"loss at the end of {plan.reference} with its best rate and {plan.steps[0]} steps; in brackets its steps over "

@@ -46,7 +46,11 @@ class Method:
 
 @dataclass(frozen=True)
 class Run:
-    """One training run; `config` is the one `rlora fit` gets, with the plan's variables not yet filled in."""
+    """One training run.
+
+    `config` is the configuration that `rlora fit` gets, with the plan's variables not yet filled in; `variables` are
+    the values of those that it uses, as outsiders may see them: of a place on this machine the last part of its path.
+    """
 
     task: str
     method: str
@@ -54,6 +58,7 @@ class Run:
     seed: int
     steps: int
     config: Config
+    variables: dict[str, str]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -100,7 +105,7 @@ class Plan:
     def runs(self) -> list[Run]:
         """All runs, in the order in which they are best done: the first seed of everything, then the next."""
         return [
-            Run(task, method.name, rate, seed, steps, self._config(task, method, rate, seed, steps))
+            self._run(task, method, rate, seed, steps)
             for seed in self.seeds
             for task in self.tasks
             for method in self.methods.values()
@@ -116,10 +121,18 @@ class Plan:
         """
         return fill(run.config, self.variables)
 
+    def _run(self, task: str, method: Method, rate: float, seed: int, steps: int) -> Run:
+        config = self._config(task, method, rate, seed, steps)
+        text = json.dumps(config, ensure_ascii=False)
+        used = {name: _shown(v) for name, v in self.variables.items() if v is not None and f"${{{name}}}" in text}
+        return Run(task, method.name, rate, seed, steps, config, used)
+
     def _config(self, task: str, method: Method, rate: float, seed: int, steps: int) -> Config:
         config = merge({}, merge(merge(self.common, self.tasks[task]), method.config))
-        config.get("trainer", {}).pop("default_root_dir", None)  # of an overlay that also serves `rlora fit`
-        accumulate = config.get("trainer", {}).get("accumulate_grad_batches", 1)
+        trainer = as_config(config.get("trainer"), f"method {method.name!r}: trainer")
+        trainer.pop("default_root_dir", None)  # of an overlay that also serves `rlora fit`
+        accumulate = trainer.get("accumulate_grad_batches", 1)
+        accumulate = _whole(accumulate, f"method {method.name!r}: trainer.accumulate_grad_batches")
         schedule = {
             "max_steps": steps,
             "max_epochs": -1,
@@ -183,6 +196,11 @@ def read_plan(path: Path, settings: Mapping[str, str] | None = None) -> Plan:
                 " divide every budget"
             )
     return plan
+
+
+def _shown(value: str) -> str:
+    """A variable's value for outsiders, the same on every machine as far as that can be."""
+    return Path(value).resolve().name if value.startswith(("/", ".", "~")) else value
 
 
 def _method(name: str, entry: Any, steps: tuple[int, ...], path: Path) -> Method:

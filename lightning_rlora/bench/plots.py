@@ -14,7 +14,8 @@ from lightning_rlora.bench.plan import Plan
 from lightning_rlora.bench.results import Curve, Result
 from lightning_rlora.bench.table import Row, mean_curve
 
-# Okabe and Ito's colours, which colour-blind readers tell apart, without the yellow that paper swallows
+# six of Okabe and Ito's colours, which colour-blind readers tell apart, without the yellow that paper swallows and the
+# black that is the reference's; the last, a violet, is none of theirs
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6A3D9A")
 DASHES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)))
 GREY = "#8a8a8a"
@@ -73,7 +74,7 @@ def final_losses(rows: Sequence[Row], groups: Groups, styles: Styles, plan: Plan
     axes.set_yticks(range(len(rows)), [f"{_label(row, plan)}   rate {row.rate:g}" for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.margins(x=0.12)
-    axes.set_xlabel("validation loss at the end (nats per token)")
+    axes.set_xlabel("validation loss at the end")
     key = "Bars: mean at the best rate; rings: seeds" + (f"; dotted: {plan.reference}" if reference else "")
     figure.suptitle(key, x=0.01, ha="left", fontsize=10)
     _tidy(axes, grid="x")
@@ -92,7 +93,7 @@ def curves(rows: Sequence[Row], groups: Groups, styles: Styles, plan: Plan) -> F
     lowest = min(loss for found in by_seed.values() for curve in found.values() for _, loss in curve)
     top = early[len(early) // 2]  # what lies above is the same steep fall for all
     panels[0].set_ylim(lowest - 0.06 * (top - lowest), top + 0.06 * (top - lowest))
-    panels[0].set_ylabel("validation loss (nats per token)")
+    panels[0].set_ylabel("validation loss")
     panels[0].set_title("Validation loss at each method's best rate", loc="left", fontsize=11)
     beside = []
     if reference:
@@ -133,9 +134,9 @@ def rates(rows: Sequence[Row], groups: Groups, styles: Styles, plan: Plan) -> Fi
     lines = math.ceil(len(rows) / columns)
     figure = Figure(figsize=(3.1 * columns + 0.6, 2.5 * lines + 0.7), layout="constrained")
     panels = figure.subplots(lines, columns, sharey=True, squeeze=False)
-    best = min(row.loss for row in rows)
     worst_best = max(row.loss for row in rows)
     finite = [loss for row in rows for loss in row.by_rate.values() if math.isfinite(loss)]
+    best = min(finite)  # of a rate with fewer seeds, perhaps
     top = min(max(finite), max(worst_best + 0.5 * (worst_best - best), 1.06 * best))
     span = max(top - best, 1e-3)
     reference = _reference(rows, plan)

@@ -73,12 +73,20 @@ class _Worker:
         self.job = job
         self._began = time.monotonic()
         if self._process is None:
-            context = multiprocessing.get_context("spawn")  # a forked process could not use CUDA
-            self.connection, other = context.Pipe()
-            self._process = context.Process(target=work, args=(other, *self._arguments))
-            self._process.start()
-            other.close()
-        self.connection.send(job)
+            self._start()
+        try:
+            self.connection.send(job)
+        except OSError:  # it has died since the job before
+            self.stop()
+            self._start()
+            self.connection.send(job)
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")  # a forked process could not use CUDA
+        self.connection, other = context.Pipe()
+        self._process = context.Process(target=work, args=(other, *self._arguments))
+        self._process.start()
+        other.close()
 
     def end(self) -> tuple[Job, Result, float]:
         """The job, its result (also if the process died over it) and the seconds it took."""

@@ -19,8 +19,8 @@ class Result:
     """What is kept of a run.
 
     Attributes:
-        status: `finished`, `diverged` (a loss that is not finite, as good a result as any), or `failed`, which is tried
-            again at the next start.
+        status: `finished`, `diverged` (a loss or gradient that is not finite, as good a result as any), or `failed`,
+            which is tried again at the next start.
         fingerprint: Of the run (see `Run.fingerprint`).
         task: The run's task.
         method: Its method.
@@ -35,6 +35,7 @@ class Result:
         adapter: `bytes` of the exported adapter's weights, and its PEFT `config`.
         meta: When, with which versions, beside how many other runs, and how many seconds in all.
         config: The run's configuration, variables not filled in.
+        variables: Their values (see `Run.variables`); none in results of before they were kept.
     """
 
     status: Literal["finished", "diverged", "failed"]
@@ -52,6 +53,7 @@ class Result:
     adapter: dict[str, Any] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    variables: dict[str, str] = field(default_factory=dict)
 
     @property
     def loss(self) -> float:
@@ -68,7 +70,8 @@ class Result:
 
 def result_of(run: Run, status: Literal["finished", "diverged", "failed"], **more: Any) -> Result:
     """A result of a run."""
-    return Result(status, run.fingerprint, run.task, run.method, run.rate, run.seed, run.steps, **more)
+    place = run.task, run.method, run.rate, run.seed, run.steps
+    return Result(status, run.fingerprint, *place, variables=run.variables, **more)
 
 
 def write_result(output: Path, run: Run, result: Result) -> None:

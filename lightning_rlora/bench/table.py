@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from lightning_rlora.bench.plan import Plan
 from lightning_rlora.bench.results import Curve, Result
 
 
@@ -42,15 +43,17 @@ class Row:
         task: The task.
         method: The method.
         steps: Budget in optimizer steps.
-        rate: The best of the rates tried, by the mean over seeds of the validation loss at the end.
-        edge: Whether no rate was tried below, or none above: the best may lie outside.
+        rate: The best of the rates tried, by the mean over seeds of the validation loss at the end; among the rates
+            that have as many seeds as any.
+        edge: Whether none of these lies below, or none above: the best may lie outside.
         loss: That mean.
         spread: Standard deviation over seeds (n - 1 in the denominator); None with a single seed.
         accuracy: Mean of the validation accuracies at the end, at the rate that the loss chose; None if not measured.
         accuracy_spread: Their standard deviation over seeds; None with a single seed.
         seeds: How many seeds finished at the best rate.
-        by_rate: Mean loss by rate; infinite where a run diverged.
-        window: Rates within 1 % of the best.
+        complete: Whether every rate of the plan has as many, or diverged.
+        by_rate: Mean loss by rate, over the seeds that there are; infinite where a run diverged.
+        window: Rates within 1 % of the best, among those with as many seeds.
         steps_to_reference: Step at which the mean curve reaches the reference's tuned final loss; None if it does not.
         seconds_to_reference: Seconds of training up to there.
         seconds_per_step: Median over the runs at the best rate.
@@ -71,6 +74,7 @@ class Row:
     accuracy: float | None
     accuracy_spread: float | None
     seeds: int
+    complete: bool
     by_rate: dict[float, float]
     window: RateWindow
     steps_to_reference: float | None
@@ -83,34 +87,34 @@ class Row:
     runs: int
 
 
-def table(results: Iterable[Result], task: str, reference: str, reference_steps: int) -> list[Row]:
+def table(results: Iterable[Result], task: str, plan: Plan) -> list[Row]:
     """The rows of a task, lowest loss first; methods all of whose runs diverged stand at the end.
 
     Args:
         results: Of any tasks; failed ones are left out.
         task: The task.
-        reference: Method whose tuned final loss the others are to reach.
-        reference_steps: Its budget.
+        plan: Names the reference and its budget, and the rates to expect.
     """
     groups: dict[tuple[str, int], list[Result]] = defaultdict(list)
     for result in results:
         if result.task == task and result.status != "failed":
             groups[result.method, result.steps].append(result)
-    goal = None
-    if (reference, reference_steps) in groups:
-        goal = min(mean_losses(groups[reference, reference_steps]).values())
-    if goal is not None and math.isinf(goal):
-        goal = None
-    rows = [_row(group, goal) for group in groups.values()]
+    reference = groups.get((plan.reference, plan.steps[0]))
+    goal = min(comparable(reference).values()) if reference else math.inf
+    rows = [
+        _row(group, goal if math.isfinite(goal) else None, plan.methods[method].rates)
+        for (method, _), group in groups.items()
+    ]
     return sorted(rows, key=lambda row: (row.loss, row.method, row.steps))
 
 
-def _row(group: Sequence[Result], goal: float | None) -> Row:
+def _row(group: Sequence[Result], goal: float | None, planned: Sequence[float]) -> Row:
     by_rate = mean_losses(group)
-    rate = best_rate(by_rate)
+    compared = comparable(group)
+    rate = best_rate(compared)
     best = [result for result in group if result.rate == rate]
     losses = [result.loss for result in best]
-    accuracies = [result.accuracy[-1][1] for result in best if result.accuracy]
+    accuracies = [at_end for result in best if (at_end := dict(result.accuracy).get(result.steps)) is not None]
     curve = mean_curve([result.validation for result in best]) if math.isfinite(by_rate[rate]) else []
     reached = first_reach(curve, goal) if goal is not None else None
     seconds = mean_curve([_seconds(result) for result in best]) if curve else []
@@ -121,14 +125,15 @@ def _row(group: Sequence[Result], goal: float | None) -> Row:
         method=group[0].method,
         steps=group[0].steps,
         rate=rate,
-        edge=rate in (min(by_rate), max(by_rate)),
+        edge=rate in (min(compared), max(compared)),
         loss=by_rate[rate],
         spread=statistics.stdev(losses) if len(losses) > 1 and curve else None,
         accuracy=statistics.fmean(accuracies) if accuracies and curve else None,
         accuracy_spread=statistics.stdev(accuracies) if len(accuracies) > 1 and curve else None,
         seeds=len(best),
+        complete=all(rate in compared for rate in planned),
         by_rate=by_rate,
-        window=rate_window(by_rate),
+        window=rate_window(compared),
         steps_to_reference=reached,
         seconds_to_reference=interpolate(seconds, reached) if reached is not None and seconds else None,
         seconds_per_step=statistics.median(paces) if paces else None,
@@ -146,6 +151,17 @@ def mean_losses(group: Iterable[Result]) -> dict[float, float]:
     for result in group:
         losses[result.rate].append(result.loss)
     return {rate: statistics.fmean(losses[rate]) for rate in sorted(losses)}
+
+
+def comparable(group: Sequence[Result]) -> dict[float, float]:
+    """The mean losses of the rates that have the most seeds, and of those that diverged, which no seed can mend.
+
+    A rate with a single lucky seed must not win over one with three.
+    """
+    by_rate = mean_losses(group)
+    seeds = Counter(result.rate for result in group)
+    most = max((seeds[rate] for rate, loss in by_rate.items() if math.isfinite(loss)), default=0)
+    return {rate: loss for rate, loss in by_rate.items() if seeds[rate] >= most or math.isinf(loss)}
 
 
 def best_rate(by_rate: Mapping[float, float]) -> float:

@@ -109,9 +109,9 @@ def execute(job: Job, device: str, fit: Fit) -> tuple[Result, bool]:
         job.run,
         status,  # type: ignore[arg-type]
         note=note,
-        validation=[(step, loss) for step, loss in validation if math.isfinite(loss)],
-        train=[(step, loss) for step, loss in train if math.isfinite(loss)],
-        accuracy=_curve(folder, "val/accuracy"),
+        validation=_finite(validation),
+        train=_finite(train),
+        accuracy=_finite(_curve(folder, "val/accuracy")),
         cost=_read_json(folder / "cost.json"),
         adapter=_adapter(folder / "adapter"),
         meta={
@@ -181,6 +181,10 @@ def _curve(folder: Path, column: str) -> Curve:
         return []
     with path.open(encoding="utf-8", newline="") as file:
         return [(int(row["step"]), float(row[column])) for row in csv.DictReader(file) if row.get(column)]
+
+
+def _finite(curve: Curve) -> Curve:
+    return [(step, value) for step, value in curve if math.isfinite(value)]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_rlora.files import write_atomically
 
@@ -18,10 +18,16 @@ class RunCost(Callback):
 
     It holds `seconds`, pairs of a step and the seconds of training up to it, at every validation and at the end; the
     validations themselves do not count, but what earlier callbacks leave to `on_train_start` does (as a locally optimal
-    start does, if this callback stands before it). Memory is in bytes: `peak_memory` is what PyTorch allocated on the
-    device beyond what it held before the run, or the whole process's peak on a CPU (Linux only, None elsewhere);
-    `memory_reserved_mean` and `memory_reserved_99th` are of what the process held after each step. `samples` and
-    `tokens` count rows and tokens with their padding, if batches hold `input_ids`.
+    start does, if this callback stands before it). `samples` and `tokens` count rows and tokens with their padding, if
+    batches hold `input_ids`.
+
+    Memory is in bytes. `peak_memory` on a GPU is the most that PyTorch had allocated on it between the start of the run
+    and its end, validations left out, beyond what was there before and is no part of the module; on a CPU it is the
+    peak of the whole process, validations included (Linux only, None elsewhere). `memory_reserved_mean` and
+    `memory_reserved_99th` are of what the process held after each step, memory that a validation has left to
+    PyTorch's reserve included.
+
+    All this is of one process: of a run on several devices, `samples`, `tokens` and memory are those of the first.
 
     A resumed run counts from its resumption on.
     """
@@ -31,13 +37,15 @@ class RunCost(Callback):
         self._seconds: list[tuple[int, float]] = []
         self._memory: list[int] = []
         self._samples = self._tokens = 0
-        self._held_before = 0
+        self._held_before = self._peak = 0
         self._since: float | None = None
         self._elapsed = 0.0
         if _on_cuda(trainer):
             torch.cuda.init()  # the statistics do not exist before
             torch.cuda.reset_peak_memory_stats()
-            self._held_before = torch.cuda.memory_allocated()
+            # a quantized base is on the device by now, one in bfloat16 comes later: both belong to the run
+            held_by_module = _bytes_of(pl_module, trainer.strategy.root_device)
+            self._held_before = max(0, torch.cuda.memory_allocated() - held_by_module)
         else:
             _forget_peak_of_process()
 
@@ -46,12 +54,16 @@ class RunCost(Callback):
         self._since = time.perf_counter()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop the clock."""
+        """Stop the clock, and note the peak of what came before."""
+        if _on_cuda(trainer):
+            self._peak = max(self._peak, torch.cuda.max_memory_allocated())
         if self._since is not None:
             self._stop(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go on, unless this was the validation before training."""
+        """Forget the validation's peak; let the clock go on, unless this was the validation before training."""
+        if _on_cuda(trainer):
+            torch.cuda.reset_peak_memory_stats()
         if self._seconds:
             self._since = time.perf_counter()
 
@@ -99,12 +111,23 @@ class RunCost(Callback):
 
     def _peak_memory(self, trainer: Trainer) -> int | None:
         if _on_cuda(trainer):
-            return torch.cuda.max_memory_allocated() - self._held_before
+            return max(self._peak, torch.cuda.max_memory_allocated()) - self._held_before
         return _status_of_process("VmHWM")
 
 
 def _on_cuda(trainer: Trainer) -> bool:
     return trainer.strategy.root_device.type == "cuda"
+
+
+def _bytes_of(module: nn.Module, device: torch.device) -> int:
+    """What a module's parameters and buffers take on a device, with the state that quantized weights carry."""
+    tensors = [*module.parameters(), *module.buffers()]
+    states = [getattr(tensor, "quant_state", None) for tensor in tensors]
+    states += [getattr(state, "state2", None) for state in states]  # of scales that are quantized themselves
+    owners = tensors + [state for state in states if state is not None]
+    held = tensors + [value for owner in owners for value in vars(owner).values() if isinstance(value, Tensor)]
+    storages = [value.untyped_storage() for value in held if value.device == device]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def _memory_held(trainer: Trainer) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_rlora.adapters.gauge import start_factors
-from lightning_rlora.errors import UserError
+from lightning_rlora.errors import Diverged, UserError
 from lightning_rlora.optim.adamw import adamw_step
 from lightning_rlora.optim.anchors import sketch_rows
 from lightning_rlora.optim.batched import Batch, batches
@@ -148,7 +148,7 @@ class FixedRankOptimizer(Optimizer):
             What the closure returned.
 
         Raises:
-            UserError: If the gradient is not finite. Nothing has been changed then. On a GPU, which is not waited for,
+            Diverged: If the gradient is not finite. Nothing has been changed then. On a GPU, which is not waited for,
                 the error comes with a later step; the one with that gradient changes nothing there, either.
         """
         loss = None
@@ -169,7 +169,7 @@ class FixedRankOptimizer(Optimizer):
             together = batches([pair for pair in pairs if id(pair.a) not in restarted], self.state)
         scale = self._gradient_scale(together)
         if not all(batch.accelerate(scale) for batch in together):
-            raise UserError(_NOT_FINITE)
+            raise Diverged(_NOT_FINITE)
         for batch in together:
             batch.write()
         for group in self._adamw_groups():
@@ -203,7 +203,7 @@ class FixedRankOptimizer(Optimizer):
         """Ends the fast step, and hears what it has not told yet."""
         graphed, self._graphed = self._graphed, None
         if graphed is not None and graphed.found(all_steps=True).nonfinite:
-            raise UserError(f"{_NOT_FINITE} (at an earlier step, which changed nothing)")
+            raise Diverged(f"{_NOT_FINITE} (at an earlier step, which changed nothing)")
 
     def _new_graphed(self) -> GraphedStep | None:
         """The fast step, if all pairs are on one GPU, in float32, and on the manifold as steps leave them."""
@@ -263,7 +263,7 @@ class FixedRankOptimizer(Optimizer):
             squares += [batch.gradient_square() for batch in together]
         norm = math.sqrt(sum(square.item() for square in squares))
         if not math.isfinite(norm):
-            raise UserError(_NOT_FINITE)
+            raise Diverged(_NOT_FINITE)
         if self.max_tangent_norm is None or norm <= self.max_tangent_norm:
             return 1.0
         return self.max_tangent_norm / norm

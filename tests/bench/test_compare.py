@@ -2,10 +2,12 @@
 
 import csv
 import json
+import logging
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ import lightning_rlora.trainer_cli  # noqa: F401  - its loggers must not take ho
 from lightning_rlora.bench.compare import write_outputs
 from lightning_rlora.bench.plan import read_plan
 from lightning_rlora.bench.worker import Job, execute
-from lightning_rlora.cli import _fit, main
+from lightning_rlora.cli import _fit, _set_environment, main
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "comparison"
 PLAN = {
@@ -112,6 +114,14 @@ def test_bad_input_ends_in_one_line_and_status_two(case, tmp_path, capsys):
     assert end.value.code == 2
     assert err.startswith("rlora: error: ") and err.count("\n") == 1 and word in err
     assert not list(tmp_path.glob("out/runs"))
+
+
+def test_many_runs_in_one_process_add_their_filters_once():
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    _set_environment()
+    filters = list(logger.filters), list(warnings.filters)
+    _set_environment()
+    assert (logger.filters, len(warnings.filters)) == (filters[0], len(filters[1]))
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)

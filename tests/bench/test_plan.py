@@ -100,6 +100,27 @@ def test_numbers_need_no_point(tmp_path):
     assert read_plan(path).methods["adamw"].rates == (0.001, 0.01)
 
 
+def test_a_date_is_text(tmp_path):
+    path = write_plan(tmp_path, tasks={"words": {"data": {"init_args": {"since": "DATE"}}}})
+    path.write_text(path.read_text().replace("DATE", "2024-01-31"))
+    run = read_plan(path).runs()[0]
+    assert run.config["data"]["init_args"]["since"] == "2024-01-31" and run.fingerprint
+
+
+def test_a_run_tells_of_the_variables_it_uses_and_of_no_place_on_this_machine(tmp_path):
+    path = write_plan(tmp_path, variables={"base": "org/small", "data": None, "unused": 3})
+    assert read_plan(path).runs()[0].variables == {"base": "org/small"}
+    settings = {"base": f"{tmp_path}/small/", "data": "./here/texts"}
+    assert read_plan(path, settings).runs()[0].variables == {"base": "small", "data": "texts"}
+
+
+@pytest.mark.parametrize("value", [None, 0, "many"])
+def test_accumulation_that_is_no_number_is_refused(value, tmp_path):
+    plan = make_plan(tmp_path, common={"trainer": {"accumulate_grad_batches": value}})
+    with pytest.raises(UserError, match=r"'adamw': trainer.accumulate_grad_batches: expected a whole number"):
+        plan.runs()
+
+
 WRONG = {
     "no methods": ({"methods": None}, ["methods", "missing"]),
     "empty methods": ({"methods": {}}, ["methods", "empty"]),

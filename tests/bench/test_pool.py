@@ -5,10 +5,13 @@ import os
 
 import pytest
 from fake_fits import fake_fit
-from plans import make_plan
+from plans import finished, make_plan, write_plan
 
-from lightning_rlora.bench.compare import run_plan
-from lightning_rlora.bench.results import read_result
+from lightning_rlora.bench.compare import run_plan, write_outputs
+from lightning_rlora.bench.plan import read_plan
+from lightning_rlora.bench.pool import _Worker
+from lightning_rlora.bench.results import read_result, write_result
+from lightning_rlora.bench.worker import Job, execute
 from lightning_rlora.errors import UserError
 
 
@@ -45,8 +48,8 @@ def test_finished_runs_are_not_repeated_wherever_they_come_from(tmp_path, capsys
     assert "trained" in (tmp_path / "out" / run.folder / "log.txt").read_text()
 
     (tmp_path / "out").rename(tmp_path / "moved")
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
+    elsewhere = tmp_path / "elsewhere" / tmp_path.name
+    elsewhere.mkdir(parents=True)
     results = compare(make_plan(elsewhere, seeds=[0]), tmp_path / "moved", keep_adapters=True)
     assert [line[:2] for line in calls(elsewhere)] == [["SGD", "1.0"]]
     assert all(results.values())
@@ -94,6 +97,64 @@ def test_a_crash_ends_one_run_and_not_the_sweep(tmp_path, capsys):
 
     compare(plan, tmp_path / "out", only=["Wrong", "Diverges", "NaN", "Good"])  # what failed is tried again, no more
     assert [line[0] for line in calls(tmp_path)[7:]] == ["Wrong"]
+
+
+def executed(tmp_path, kind, rate=1.0):
+    plan = make_plan(tmp_path, methods={kind: {"rates": [rate], "overlay": overlay(kind)}}, reference=kind, seeds=[0])
+    run = plan.runs()[0]
+    job = Job(run, plan.filled(run), tmp_path / "out", side_by_side=1, keep_adapter=False)
+    job.folder.mkdir(parents=True)
+    return execute(job, "cpu", fake_fit)
+
+
+@pytest.mark.parametrize("kind", ["Riemannion", "FactorMuon"])
+def test_a_gradient_that_overflows_is_divergence(kind, tmp_path):
+    result, in_order = executed(tmp_path, kind)
+    assert (result.status, in_order) == ("diverged", True)
+    assert "the gradient is not finite" in result.note
+
+
+def test_an_accuracy_that_is_no_number_is_left_out(tmp_path):
+    result, _ = executed(tmp_path, "Good")
+    assert result.status == "finished"
+    assert result.accuracy == [(0, 0.5)]
+
+
+def test_a_worker_that_died_between_two_runs_is_replaced(tmp_path):
+    plan = make_plan(tmp_path, seeds=[0])
+    worker = _Worker("cpu", 1, fake_fit)
+    try:
+        for run in plan.runs()[:2]:
+            worker.begin(Job(run, plan.filled(run), tmp_path / "out", side_by_side=1, keep_adapter=False))
+            assert worker.end()[1].status == "finished"
+            worker._process.kill()
+            worker._process.join()
+    finally:
+        worker.stop()
+
+
+def test_results_of_another_base_model_are_refused_and_of_the_same_one_elsewhere_are_not(tmp_path):
+    def plan(**settings):
+        return read_plan(write_plan(tmp_path, seeds=[0]), {"data": str(tmp_path)} | settings)
+
+    output = tmp_path / "out"
+    for run in plan(base="org/small").runs():
+        write_result(output, run, finished(run, 2.0))
+    for base in ("org/small", "small", "/models/small", "../small/"):
+        compare(plan(base=base), output)
+    assert calls(tmp_path) == []
+    write_outputs(read_plan(tmp_path / "plan.yaml", {"base": "org/small"}), output)  # where the data lie is not said
+    before = {path: path.read_bytes() for path in output.rglob("*.json")}
+    for other in ("large", "another/small", "org/small-2"):
+        for use in (compare, write_outputs):
+            with pytest.raises(UserError, match=f"base = org/small, and now base = {other}: give another --output"):
+                use(plan(base=other), output)
+    assert {path: path.read_bytes() for path in output.rglob("*.json")} == before
+    layout = next((output / "method_comparison").iterdir()).read_text()
+    assert json.loads(layout)["run_info"]["train_config"]["model_id"] == "org/small"
+    write_outputs(plan(base="/models/small"), output)
+    assert next((output / "method_comparison").iterdir()).read_text() == layout  # what the runs were made with
+    assert str(tmp_path) not in "".join(path.read_text() for path in output.rglob("result.json"))
 
 
 def test_time_runs_out_between_two_runs(tmp_path, capsys):

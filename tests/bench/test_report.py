@@ -9,7 +9,9 @@ import pytest
 from plans import PLAN, finished, make_plan, write_plan
 
 from lightning_rlora.bench.compare import write_outputs
-from lightning_rlora.bench.results import result_of, write_result
+from lightning_rlora.bench.plots import figures
+from lightning_rlora.bench.results import read_result, result_of, write_result
+from lightning_rlora.bench.table import table
 from lightning_rlora.cli import main
 
 LOSSES = {("adamw", 0.01): 2.0, ("adamw", 0.1): 2.5, ("sgd", 1.0): 1.9}
@@ -94,6 +96,25 @@ def test_the_best_runs_are_there_in_pefts_layout(compared):
     assert run["run_info"]["peft_config"]["peft_type"] == "LORA"
     assert [entry["valid loss"] for entry in run["train_info"]["metrics"]] == [3.5, 2.0, 2.0]
     assert [entry.get("train time") for entry in run["train_info"]["metrics"]] == [2.0, 2.0, None]
+
+
+def test_the_run_of_a_rate_that_is_no_longer_the_best_goes(compared):
+    plan = make_plan(compared)
+    better = next(run for run in plan.runs() if (run.method, run.rate, run.seed) == ("adamw", 0.1, 0))
+    write_result(compared, better, finished(better, 1.0))
+    write_outputs(plan, compared)
+    names = {path.name for path in (compared / "method_comparison").iterdir()}
+    assert names == {"words--adamw-steps4-lr0.1-seed0.json", "words--sgd-steps4-lr1-seed0.json"}
+
+
+def test_pictures_do_not_call_the_loss_of_classes_one_of_tokens(compared):
+    page = (compared / "report.html").read_text()
+    for name in ("final_losses", "curves"):
+        plan = make_plan(compared)
+        results = [result for run in plan.runs() if (result := read_result(compared, run))]
+        for axes in figures(table(results, "words", plan), results, plan)[name].axes:
+            assert "token" not in axes.get_xlabel() + axes.get_ylabel()
+    assert "(per token, of language models)" in page
 
 
 def test_there_is_a_report_before_the_first_run_and_after_nothing_but_divergence(tmp_path, capsys):

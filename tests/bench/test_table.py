@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from plans import PLAN, finished, make_plan
 
 from lightning_rlora.bench.labels import spread_out
+from lightning_rlora.bench.outputs import cells, number_with_spread
 from lightning_rlora.bench.results import result_of
 from lightning_rlora.bench.table import best_rate, first_reach, interpolate, mean_curve, rate_window, table
 
@@ -82,7 +84,7 @@ LOSSES = {("adamw", 0.01): (2.0, 2.2), ("adamw", 0.1): (2.5, 2.7), ("sgd", 1.0):
 def test_a_row_tells_of_the_best_rate_over_seeds(tmp_path):
     plan = make_plan(tmp_path)
     results = [finished(run, LOSSES[run.method, run.rate][run.seed], seconds=1 + run.seed) for run in plan.runs()]
-    sgd, adamw = table(results, "words", plan.reference, 4)
+    sgd, adamw = table(results, "words", plan)
     assert (adamw.method, adamw.rate, adamw.seeds, adamw.runs, adamw.diverged) == ("adamw", 0.01, 2, 4, 0)
     assert adamw.loss == pytest.approx(2.1)
     assert adamw.spread == pytest.approx(statistics.stdev([2.0, 2.2]))
@@ -94,7 +96,7 @@ def test_a_row_tells_of_the_best_rate_over_seeds(tmp_path):
     assert sgd.steps_to_reference == pytest.approx(4 * 2.9 / 3.9)
     assert sgd.seconds_to_reference == pytest.approx(1.5 * 4 * 2.9 / 3.9)
     assert (sgd.seconds_per_step, sgd.peak_memory, sgd.parameters, sgd.adapter_bytes) == (1.5, 2**20, 10, 40)
-    assert table(results, "another", plan.reference, 4) == []
+    assert table(results, "another", plan) == []
 
 
 def test_a_diverged_seed_takes_its_rate_out_and_brackets_the_best_one(tmp_path):
@@ -106,9 +108,47 @@ def test_a_diverged_seed_takes_its_rate_out_and_brackets_the_best_one(tmp_path):
         for run in plan.runs()
         if run.method == "adamw"
     ]
-    (row,) = table(results, "words", plan.reference, 4)
+    (row,) = table(results, "words", plan)
     assert (row.rate, row.edge, row.diverged, row.runs) == (0.1, False, 1, 6)
     assert row.by_rate[1.0] == INF
+
+
+def test_a_rate_with_fewer_seeds_is_not_chosen_until_it_has_as_many(tmp_path):
+    methods = PLAN["methods"] | {"adamw": PLAN["methods"]["adamw"] | {"rates": [0.01, 0.1, 1.0, 10.0]}}
+    plan = make_plan(tmp_path, methods=methods)
+    loss = {0.01: 3.0, 0.1: 2.0, 1.0: 1.0}
+    runs = [run for run in plan.runs() if run.method == "adamw" and (run.rate, run.seed) != (1.0, 1)]
+    results = [
+        result_of(run, "diverged") if run.rate == 10 else finished(run, loss[run.rate])
+        for run in runs
+        if (run.rate, run.seed) != (10, 1)  # one seed tells enough of a rate that diverged
+    ]
+    (row,) = table(results, "words", plan)
+    assert (row.rate, row.seeds, row.loss, row.complete) == (0.1, 2, 2.0, False)
+    assert row.steps_to_reference == 4  # the goal is its own loss, not that of the single seed
+    assert row.window.high == 0.1 and not row.window.open_high  # next to it, of those compared, is the diverged rate
+    assert row.by_rate == {0.01: 3.0, 0.1: 2.0, 1.0: 1.0, 10.0: INF}
+    assert number_with_spread(row) == "2.0000 ± 0.0000 (n=2, incomplete)"
+    runs = {(run.method, run.rate, run.seed): run for run in plan.runs()}
+    (row,) = table([*results, finished(runs["adamw", 1.0, 1], 1.2)], "words", plan)
+    assert (row.rate, row.seeds, row.complete) == (1.0, 2, True)
+    (row,) = table([finished(run, loss[run.rate]) for run in plan.runs() if run.rate in (0.01, 0.1)], "words", plan)
+    assert not row.complete  # of two rates nothing is known yet
+
+
+def test_a_goal_that_is_reached_at_the_start_is_reached(tmp_path):
+    plan = make_plan(tmp_path)
+    results = [finished(run, 6.0 if run.method == "adamw" else 4.0) for run in plan.runs() if run.seed == 0]
+    sgd, adamw = table(results, "words", plan)
+    assert (sgd.steps_to_reference, adamw.steps_to_reference) == (0, 0)
+    assert cells(sgd, adamw)["steps to reference"] == cells(adamw, adamw)["steps to reference"] == "0"
+
+
+def test_an_accuracy_that_was_no_number_at_the_end_is_none(tmp_path):
+    plan = make_plan(tmp_path)
+    results = [finished(run, 2.0) for run in plan.runs() if run.method == "sgd"]
+    results = [replace(result, accuracy=result.accuracy[:-1]) for result in results]
+    assert table(results, "words", plan)[0].accuracy is None
 
 
 def test_without_a_reference_or_with_nothing_but_divergence_there_is_still_a_table(tmp_path):
@@ -116,7 +156,7 @@ def test_without_a_reference_or_with_nothing_but_divergence_there_is_still_a_tab
     results = [result_of(run, "diverged") for run in plan.runs() if run.method == "adamw"]
     results += [finished(run, 2.0) for run in plan.runs() if run.method == "sgd" and run.seed == 0]
     results += [result_of(run, "failed") for run in plan.runs() if run.method == "sgd" and run.seed == 1]
-    sgd, adamw = table(results, "words", plan.reference, 4)
+    sgd, adamw = table(results, "words", plan)
     assert adamw.loss == INF and adamw.steps_to_reference is None and adamw.diverged == 4
     assert (sgd.loss, sgd.spread, sgd.seeds, sgd.runs) == (2.0, None, 1, 1)
     assert sgd.steps_to_reference is None

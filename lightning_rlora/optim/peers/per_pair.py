@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_rlora.errors import UserError
+from lightning_rlora.errors import Diverged, UserError
 from lightning_rlora.optim.adamw import adamw_step
 from lightning_rlora.optim.groups import check_pair, parameter_groups
 
@@ -133,14 +133,14 @@ class PerPairOptimizer(Optimizer):
             What the closure returned.
 
         Raises:
-            UserError: If the gradient is not finite. Nothing has been changed then.
+            Diverged: If the gradient is not finite. Nothing has been changed then.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         if not _all_finite([p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]):
-            raise UserError("the gradient is not finite: lower the learning rate, clip it, or look for bad input data")
+            raise Diverged("the gradient is not finite: lower the learning rate, clip it, or look for bad input data")
         for group in self.param_groups:
             if group["algorithm"] == "adamw":
                 adamw_step(group, self.state, 1.0)
