@@ -17,7 +17,7 @@ from lightning_rlora.errors import Diverged, UserError
 from lightning_rlora.optim.adamw import adamw_step
 from lightning_rlora.optim.anchors import sketch_rows
 from lightning_rlora.optim.batched import Batch, batches
-from lightning_rlora.optim.groups import PairInGroup, check_options, check_pair, parameter_groups
+from lightning_rlora.optim.groups import PairInGroup, check_full_rank, pairs_of_new_group, parameter_groups
 
 if TYPE_CHECKING:
     from lightning_rlora.optim.cuda.graphed import GraphedStep
@@ -88,24 +88,11 @@ class FixedRankOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; zero factors in it get a tiny start on the manifold, which keeps the function to rounding."""
         self._drop_graphed()
-        algorithm = param_group.get("algorithm", self.defaults["algorithm"])
-        if algorithm not in ALGORITHMS:
-            raise UserError(f"unknown algorithm {algorithm!r} of a parameter group: use one of {', '.join(ALGORITHMS)}")
-        if algorithm == "adamw":
-            param_group.setdefault("lr", self._adamw_lr)
-        check_options(self.defaults | param_group, type(self).__name__)
-        if algorithm != "adamw":
-            param_group["params"] = list(param_group["params"])
-            if len(param_group["params"]) % 2:
-                raise UserError(
-                    f"a group of LoRA pairs holds {len(param_group['params'])} parameters, an odd number: give them as "
-                    "A, B, A, B, ..., or the group algorithm='adamw'"
-                )
-            scaling = param_group.get("scaling", 1.0)
-            for a, b in _pairs(param_group["params"]):
-                check_pair(a, b, scaling)
-                with torch.no_grad():
-                    start_factors(b, a, scaling, self._generator)
+        pairs = pairs_of_new_group(param_group, self, ALGORITHMS, self._adamw_lr)
+        check_full_rank(pairs, type(self).__name__)
+        for a, b in pairs:
+            with torch.no_grad():
+                start_factors(b, a, param_group.get("scaling", 1.0), self._generator)
         super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """Parameter groups: LoRA pairs on the manifold, everything else that trains, and what a step reads of them."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_rlora.adapters import scan
 from lightning_rlora.errors import UserError
@@ -21,6 +22,23 @@ HYPERPARAMETERS: dict[str, Callable[[dict[str, Any]], float]] = {
     "gradient_weight": lambda group: 1.0 - group["momentum"] if group["algorithm"] == "sgd" else 1.0,
 }
 """Numbers of a group that may change from step to step."""
+
+_NOT_NEGATIVE = (lambda value: value >= 0, "must not be negative")
+_POSITIVE = (lambda value: value > 0, "must be positive")
+_SHARE = (lambda value: 0 <= value < 1, "must be below 1 and not negative")
+
+RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "lr": _NOT_NEGATIVE,
+    "weight_decay": _NOT_NEGATIVE,
+    "eps": _NOT_NEGATIVE,
+    "betas": _SHARE,
+    "momentum": _SHARE,
+    "curvature_beta": _SHARE,
+    "min_singular_value": _POSITIVE,  # points of the manifold have full rank
+    "damping": _POSITIVE,
+    "max_step_norm": _POSITIVE,
+}
+"""Which values the options of a group may take, where it has them: a test, and its words."""
 
 
 class PairInGroup(NamedTuple):
@@ -56,32 +74,76 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     return groups
 
 
+def pairs_of_new_group(
+    group: dict[str, Any], optimizer: Optimizer, algorithms: Collection[str], adamw_lr: float
+) -> list[tuple[Tensor, Tensor]]:
+    """Complete a group that is about to join an optimizer, and refuse what no step can take.
+
+    Args:
+        group: The group; `params` of pairs becomes a list, and an AdamW group without a rate gets one.
+        optimizer: The optimizer, with the defaults of its groups.
+        algorithms: What it knows, adamw among them.
+        adamw_lr: Learning rate of AdamW groups that bring none.
+
+    Returns:
+        The group's pairs (A, B); of an AdamW group none.
+
+    Raises:
+        UserError: If the algorithm is unknown, an option out of its range, or the parameters are no LoRA pairs.
+    """
+    name = type(optimizer).__name__
+    algorithm = group.get("algorithm", optimizer.defaults["algorithm"])
+    if algorithm not in algorithms:
+        raise UserError(
+            f"unknown algorithm {algorithm!r} of a parameter group of {name}: use one of {', '.join(algorithms)}"
+        )
+    if algorithm == "adamw":
+        group.setdefault("lr", adamw_lr)
+    check_options(optimizer.defaults | group, name)
+    if algorithm == "adamw":
+        return []
+    group["params"] = params = list(group["params"])
+    if len(params) % 2:
+        raise UserError(
+            f"a group of LoRA pairs holds {len(params)} parameters, an odd number: give them as A, B, A, B, ..., or "
+            "the group algorithm='adamw'"
+        )
+    pairs = list(zip(params[::2], params[1::2], strict=True))
+    for a, b in pairs:
+        check_pair(a, b, group.get("scaling", 1.0), name)
+    return pairs
+
+
 def check_options(options: dict[str, Any], optimizer: str) -> None:
-    """Refuse options of a group that no step can take, with a UserError."""
-    for name in ("lr", "weight_decay", "momentum"):
-        if not options[name] >= 0:
-            raise UserError(f"{name} = {options[name]} of {optimizer} must not be negative")
-    if not options["min_singular_value"] > 0:
-        value = options["min_singular_value"]
-        raise UserError(f"min_singular_value = {value} of {optimizer} must be positive: points have full rank")
-    if options["momentum"] >= 1:
-        raise UserError(f"momentum = {options['momentum']} of {optimizer} must be below 1")
+    """Refuse options of a group that are out of their range, with a UserError; see `RANGES`."""
+    for name, (is_allowed, rule) in RANGES.items():
+        value = options.get(name)
+        if value is not None and not all(map(is_allowed, value if isinstance(value, tuple | list) else (value,))):
+            raise UserError(f"{name} = {value} of {optimizer} {rule}")
 
 
-def check_pair(a: Tensor, b: Tensor, scaling: float) -> None:
-    """Refuse factors that are no LoRA pair on the manifold, with a UserError."""
+def check_pair(a: Tensor, b: Tensor, scaling: float, optimizer: str) -> None:
+    """Refuse factors that are no LoRA pair, or too coarse, with a UserError."""
     if a.ndim < 2 or b.ndim < 2 or b[0].numel() != len(a):
         raise UserError(
             f"parameters of shapes {tuple(a.shape)} and {tuple(b.shape)} are no LoRA pair: give the factors as A, B, "
             "A, B, ... with A (r, n) and B (m, r), or the group algorithm='adamw'"
         )
-    if len(a) > min(len(b), a[0].numel()):
-        raise UserError(f"rank {len(a)} exceeds min(m, n) = {min(len(b), a[0].numel())} of a LoRA pair: lower the rank")
     for factor in (a, b):
         if factor.dtype not in RANK_TOLERANCE:
             raise UserError(
-                f"LoRA factors are {factor.dtype}, too coarse for points of the manifold: keep them in float32, with "
+                f"LoRA factors are {factor.dtype}, too coarse for the steps of {optimizer}: keep them in float32, with "
                 "precision bf16-mixed or 16-mixed instead of bf16-true or 16-true"
             )
     if not scaling > 0:
         raise UserError(f"the scaling {scaling} of a LoRA group must be positive")
+
+
+def check_full_rank(pairs: list[tuple[Tensor, Tensor]], optimizer: str) -> None:
+    """Refuse pairs of a rank above min(m, n), whose factors cannot have r independent rows and columns."""
+    for a, b in pairs:
+        if len(a) > min(len(b), a[0].numel()):
+            raise UserError(
+                f"rank {len(a)} exceeds min(m, n) = {min(len(b), a[0].numel())} of a LoRA pair, and {optimizer} needs "
+                "factors of full rank: lower the rank"
+            )

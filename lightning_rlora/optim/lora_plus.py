@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_rlora.errors import UserError
 from lightning_rlora.optim.fixed_rank import FixedRankOptimizer
-from lightning_rlora.optim.groups import parameter_groups
 from lightning_rlora.optim.peers.per_pair import PerPairOptimizer
 
 
@@ -85,10 +85,11 @@ def lora_plus(model: nn.Module, make_optimizer: Callable[[Any], Optimizer], rati
     Raises:
         UserError: If it is an optimizer that moves A and B together: their rates are not apart.
     """
-    optimizer = make_optimizer(parameter_groups(model))
-    if isinstance(optimizer, FixedRankOptimizer | PerPairOptimizer):
+    # of a parameter of its own, since a Riemannian optimizer gives factors a start; torch's ignore the algorithm
+    probe = make_optimizer([{"params": [nn.Parameter(torch.zeros(1, 1))], "algorithm": "adamw"}])
+    if isinstance(probe, FixedRankOptimizer | PerPairOptimizer):
         raise UserError(
-            f"{type(optimizer).__name__} moves A and B together and has no rates of each: leave out lr_ratio, or take "
+            f"{type(probe).__name__} moves A and B together and has no rates of each: leave out lr_ratio, or take "
             "torch.optim.AdamW"
         )
-    return make_optimizer(lora_plus_groups(model, optimizer.defaults["lr"], ratio))
+    return make_optimizer(lora_plus_groups(model, probe.defaults["lr"], ratio))

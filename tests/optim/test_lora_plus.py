@@ -1,13 +1,16 @@
 """LoRA+'s groups are the authors' rule, as PEFT's helper has it, with a weight decay that applies."""
 
+import warnings
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 
+from lightning_rlora.adapters import find_pairs
 from lightning_rlora.errors import UserError
-from lightning_rlora.optim import Riemannion, lora_plus, lora_plus_groups, parameter_groups
+from lightning_rlora.optim import LoRARITE, Riemannion, lora_plus, lora_plus_groups, parameter_groups
 
 LR, RATIO, EMBEDDING_LR = 1e-3, 16.0, 1e-6
 
@@ -141,10 +144,34 @@ def test_a_ratio_of_one_is_the_plain_optimizer():
     assert all(torch.equal(x, y) for x, y in zip(*ends, strict=True))
 
 
+def test_one_optimizer_of_the_groups_by_hand_and_no_warning():
+    """A padded embedding is no point of the manifold, which is nothing to LoRA+."""
+    model = adapted()
+    model.base_model.model.embedding.base_layer.padding_idx = 0
+    with pytest.warns(UserWarning, match="are left to AdamW"):
+        parameter_groups(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours = lora_plus(model, lambda groups: torch.optim.AdamW(groups, lr=LR, weight_decay=0.1), RATIO)
+    expected = torch.optim.AdamW(lora_plus_groups(model, LR, RATIO), lr=LR, weight_decay=0.1)
+    for group, other in zip(ours.param_groups, expected.param_groups, strict=True):
+        assert [id(p) for p in group["params"]] == [id(p) for p in other["params"]]
+        assert {k: v for k, v in group.items() if k != "params"} == {k: v for k, v in other.items() if k != "params"}
+
+
+@pytest.mark.parametrize("kind", [Riemannion, LoRARITE])
+def test_optimizers_of_pairs_are_refused_and_factors_untouched(kind):
+    model = adapted(target_modules=["linear"])
+    pairs = find_pairs(model)
+    for pair in pairs:
+        nn.init.zeros_(pair.b)
+    with pytest.raises(UserError, match=rf"{kind.__name__} moves A and B together.*lr_ratio"):
+        lora_plus(model, lambda groups: kind(groups, lr=0.1))
+    assert pairs and not any(pair.b.any() for pair in pairs)  # Riemannion would have given B a start
+
+
 def test_what_is_refused():
     model = adapted()
-    with pytest.raises(UserError, match=r"Riemannion moves A and B together.*lr_ratio"):
-        lora_plus(adapted(target_modules=["linear"]), lambda groups: Riemannion(groups, lr=0.1))
     with pytest.raises(UserError, match="positive ratio"):
         lora_plus_groups(model, LR, 0.0)
     with pytest.raises(UserError, match="nothing to train"):

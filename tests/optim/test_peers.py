@@ -14,11 +14,13 @@ import torch
 from peer_oracles import Pair
 from peft_layers import adapted, hand_over, mixing, products, random_gradients, refactor
 from torch import nn
+from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor
 
 from lightning_rlora.adapters import find_pairs, matrix
 from lightning_rlora.errors import UserError
 from lightning_rlora.optim import FactorMuon, LoRAFA, LoRAMuon, LoRARITE, LoRATSD, PoLoRA, RPrecAdamW, parameter_groups
 from lightning_rlora.optim.balance import balance
+from lightning_rlora.optim.peers import per_pair
 
 
 @dataclass(frozen=True)
@@ -30,59 +32,88 @@ class Method:
         options: All its options but adamw_lr, none at a value that hides it.
         oracle: Its step on one dense pair.
         rate: A learning rate for the small problem.
+        exact: How far ten steps in float64 end from the oracle's.
+        loss: What is left of the loss of the small regression.
         orthogonal: How far products of runs from (A, B) and (S A, B S^-1) differ after ten steps, orthogonal S.
-        general: The same for S of condition 5, where the method claims to be invariant; the bounds are 5 to 5000 times
-            what was measured.
+        general: The same for S of condition 5, where the method claims to be invariant.
     """
 
     kind: type
     options: dict[str, Any]
     oracle: Callable[..., None]
     rate: float
-    orthogonal: float | None
-    general: float | None
+    exact: float
+    loss: float
+    orthogonal: float | None = None
+    general: float | None = None
 
 
 ADAM = {"betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.3}
+MUON = {"lr": 0.02, "momentum": 0.8, "weight_decay": 0.3}
 OPTIMIZERS = {
     "RPrecAdamW": Method(
-        RPrecAdamW, {"lr": 0.02, "damping": 1e-3} | ADAM, peer_oracles.rprec_adamw, 0.03, orthogonal=None, general=None
+        RPrecAdamW,
+        {"lr": 0.02, "damping": 1e-3} | ADAM,
+        peer_oracles.rprec_adamw,
+        0.03,
+        exact=6e-15,  # measured 3.2e-16
+        loss=0.05,  # 0.004
     ),
     "LoRAFA": Method(
-        LoRAFA, {"lr": 0.02, "damping": 1e-12} | ADAM, peer_oracles.lora_fa, 0.03, orthogonal=None, general=None
+        LoRAFA,
+        {"lr": 0.02, "damping": 1e-12} | ADAM,
+        peer_oracles.lora_fa,
+        0.03,
+        exact=1e-11,  # 4.6e-13: the oracle has no damping
+        loss=0.15,  # 0.012
     ),
-    "LoRARITE": Method(LoRARITE, {"lr": 0.02} | ADAM, peer_oracles.lora_rite, 0.03, orthogonal=1e-11, general=1e-11),
+    "LoRARITE": Method(
+        LoRARITE,
+        {"lr": 0.02} | ADAM,
+        peer_oracles.lora_rite,
+        0.03,
+        exact=3e-14,  # 1.6e-15
+        loss=0.06,  # 0.005
+        orthogonal=1e-14,  # 6.0e-16
+        general=6e-14,  # 3.0e-15
+    ),
     "FactorMuon": Method(
         FactorMuon,
-        {"lr": 0.02, "momentum": 0.8, "weight_decay": 0.3},
+        MUON,
         peer_oracles.factor_muon,
         0.03,
-        orthogonal=1e-12,
-        general=None,
+        exact=3e-14,  # 1.8e-15
+        loss=0.04,  # 0.003
+        orthogonal=1e-14,  # 5.5e-16
     ),
     "LoRAMuon": Method(
         LoRAMuon,
-        {"lr": 0.02, "momentum": 0.8, "weight_decay": 0.3},
+        MUON,
         peer_oracles.lora_muon,
         0.1,
-        orthogonal=1e-12,
-        general=1e-4,
+        exact=2e-14,  # 1.2e-15
+        loss=0.1,  # 0.008
+        orthogonal=1e-14,  # 5.2e-16
+        general=3e-4,  # 2.5e-5: the ridge knows the factorisation
     ),
     "LoRATSD": Method(
         LoRATSD,
-        {"lr": 0.02, "momentum": 0.8, "weight_decay": 0.3, "max_step_norm": 0.04},
+        MUON | {"max_step_norm": 0.04},
         peer_oracles.lora_tsd,
         0.1,
-        orthogonal=1e-12,
-        general=1e-6,
+        exact=5e-7,  # 2.8e-8: the oracle has no ridge
+        loss=0.3,  # 0.07
+        orthogonal=1e-14,  # 6.1e-16
+        general=3e-7,  # 1.8e-8
     ),
     "PoLoRA": Method(
         PoLoRA,
-        {"lr": 0.02, "momentum": 0.8, "curvature_beta": 0.7, "weight_decay": 0.3},
+        MUON | {"curvature_beta": 0.7},
         peer_oracles.polora,
         0.4,
-        orthogonal=1e-12,
-        general=None,
+        exact=2e-14,  # 1.0e-15
+        loss=0.06,  # 0.005
+        orthogonal=1e-14,  # 5.5e-16
     ),
 }
 every_method = pytest.mark.parametrize("method", OPTIMIZERS.values(), ids=OPTIMIZERS)
@@ -140,8 +171,7 @@ def test_it_follows_the_papers_formulas(method, zero_start, dtype):
     run(model, method, steps)
     error = furthest(products(model), [pair.product for pair in expected])
     print(f"\n{method.kind.__name__}, {dtype}: {error:.1e}")
-    # measured 2e-7 in float32; in float64 1e-12, but for LoRA-TSD 3e-8, whose ridge the oracle leaves out
-    assert error <= {torch.float64: 1e-6 if method.kind is LoRATSD else 1e-11, torch.float32: 1e-5}[dtype]
+    assert error <= {torch.float64: method.exact, torch.float32: 3e-6}[dtype]  # float32: measured 0.9e-7 to 2.5e-7
 
 
 def _for_oracle(method):
@@ -169,7 +199,7 @@ def test_factor_muon_is_torchs_muon(iteration, monkeypatch):
     pairs = zip(ours, flat, start, strict=True)
     error = max(float((x - y.detach()).norm() / (y.detach() - s).norm()) for x, y, s in pairs)
     print(f"\n{iteration}: {error:.1e}")
-    assert error < {"bfloat16": 5e-2, "double": 1e-6}[iteration]  # measured 2e-2, 1e-7
+    assert error < {"bfloat16": 5e-2, "double": 5e-14}[iteration]  # measured 1.9e-2, 2.3e-15
 
 
 def test_lora_fa_is_pefts(monkeypatch):
@@ -188,7 +218,7 @@ def test_lora_fa_is_pefts(monkeypatch):
         other.step()
     error = furthest(products(model), [pair.scaling * (pair.b @ pair.a).detach() for pair in pairs])
     print(f"\n{error:.1e}")
-    assert error < 1e-5  # measured 7.7e-08
+    assert error < 2e-6  # measured 7.7e-08
 
 
 @every_method
@@ -204,12 +234,13 @@ def test_re_factoring(method):
         run(model, method, steps, weight_decay=0.0)
         run(twin, method, steps, weight_decay=0.0)
         found[condition] = furthest(products(model), products(twin))
-        assert found[condition] > 1e-2 if bound is None else found[condition] <= bound
+        # without a claim: measured 2.0e-2 (PoLoRA) to 5.5e-1
+        assert found[condition] > 5e-3 if bound is None else found[condition] <= bound
     print(f"\n{method.kind.__name__}: {found[1.0]:.1e}, {found[5.0]:.1e}")
 
 
-@pytest.mark.parametrize("name", ["LoRARITE", "LoRAMuon", "LoRATSD"])
-def test_re_factoring_on_the_way(name):
+@pytest.mark.parametrize("name, bound", [("LoRARITE", 5e-14), ("LoRAMuon", 2e-5), ("LoRATSD", 1e-8)])
+def test_re_factoring_on_the_way(name, bound):
     """What `Retraction` does after each step: the invariant methods' state moves along, or does not need to."""
     method = OPTIMIZERS[name]
     model, twin = adapted(torch.float64), adapted(torch.float64)
@@ -219,8 +250,9 @@ def test_re_factoring_on_the_way(name):
             hand_over(find_pairs(m), step)
             o.step()
         balance(find_pairs(twin), other.state)
-    # the ridges know the factorisation: measured 1e-6 for LoRA-Muon, 8e-10 for LoRA-TSD, 2e-15 for LoRA-RITE
-    assert furthest(products(model), products(twin)) < 1e-5
+    error = furthest(products(model), products(twin))
+    print(f"\n{name}: {error:.1e}")
+    assert error < bound  # measured 1.7e-15, 9.7e-7, 8.1e-10: the ridges know the factorisation
 
 
 @every_method
@@ -246,7 +278,7 @@ def test_the_loss_falls(method):
         optimizer.step()
         losses.append(loss.item())
     print(f"\n{method.kind.__name__}: {losses[0]:.3f} -> {losses[-1]:.4f}")
-    assert losses[-1] < 0.2 * losses[0]  # measured 0.003 to 0.13
+    assert losses[-1] < method.loss * losses[0]
 
 
 @every_method
@@ -300,12 +332,105 @@ def test_zero_gradients_move_nothing_but_the_decay(method):
     before = products(model)
     steps = [[torch.zeros_like(x) for x in before] for _ in range(2)]
     run(model, method, steps, weight_decay=0.0)
-    assert furthest(products(model), before) < 1e-12  # measured 2e-16
+    print(f"\n{method.kind.__name__}: rest {furthest(products(model), before):.1e}")
+    assert furthest(products(model), before) < 5e-15  # measured 2e-16
     run(model, method, [[torch.zeros_like(x) for x in before]])
     factor = 1 - method.options["lr"] * method.options["weight_decay"]
     powers = {"LoRAFA": 1, "LoRAMuon": 1, "LoRATSD": 1, "PoLoRA": 1}
     shrunk = [factor ** powers.get(method.kind.__name__, 2) * x for x in before]
-    assert furthest(products(model), shrunk) < 1e-12
+    print(f"shrunk {furthest(products(model), shrunk):.1e}")
+    assert furthest(products(model), shrunk) < 5e-15  # measured 2e-16
+
+
+@every_method
+def test_loaded_state_follows_the_factors(method):
+    """To their device, too; torch would leave an entry called `step` where it was saved."""
+    a, b = torch.randn(3, 7), torch.randn(9, 3)
+    here, there = (
+        [nn.Parameter(x.to(device, dtype)) for x in (a, b)]
+        for device, dtype in (("cpu", torch.float32), ("meta", torch.float64))
+    )
+    optimizer, resumed = method.kind(here, **method.options), method.kind(there, **method.options)
+    for p in here:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    resumed.load_state_dict(optimizer.state_dict())
+    assert resumed.state[there[1]]
+    for p in there:
+        for name, value in resumed.state[p].items():
+            assert name != "step" and value.device == p.device and value.dtype == p.dtype, name
+
+
+def test_lora_fa_keeps_nothing_of_a_and_leaves_it_alone():
+    model = adapted()
+    pairs = find_pairs(model)
+    before = [(pair.a.detach().clone(), pair.a._version, pair.b.detach().clone()) for pair in pairs]
+    optimizer = run(model, OPTIMIZERS["LoRAFA"], the_gradients(model, 3))
+    for pair, (a, version, b) in zip(pairs, before, strict=True):
+        assert torch.equal(pair.a, a) and pair.a._version == version and not optimizer.state[pair.a]
+        assert not torch.equal(pair.b, b) and optimizer.state[pair.b]
+
+
+@every_method
+def test_small_stacks_take_the_same_steps(method, monkeypatch):
+    """Four pairs of one shape: all at once, two at a time, and each larger than the bound."""
+    ends = []
+    for bound in (per_pair.LARGEST_STACK, 60, 1):
+        monkeypatch.setattr(per_pair, "LARGEST_STACK", bound)
+        generator = torch.Generator().manual_seed(0)
+        factors = [nn.Parameter(torch.randn(s, generator=generator)) for s in [(3, 7), (9, 3)] * 4]
+        optimizer = method.kind(factors, **method.options)
+        sizes = []
+
+        def counted(b, a, group, update=optimizer.update, sizes=sizes):
+            sizes.append(len(b.value))
+            return update(b, a, group)
+
+        monkeypatch.setattr(optimizer, "update", counted)
+        for _ in range(3):
+            for p in factors:
+                p.grad = torch.randn(p.shape, generator=generator)
+            optimizer.step()
+        assert sizes == {60: [2] * 6, 1: [1] * 12}.get(bound, [4] * 3)
+        ends.append([p.detach() for p in factors])
+    for other in ends[1:]:
+        assert furthest(other, ends[0]) < 1e-6  # measured 0; float32 rounds to 6e-8
+
+
+@every_method
+def test_ranks_above_min_m_n(method):
+    """Refused where a method cannot do them; elsewhere its formula holds."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (0.4 * torch.randn(s, generator=generator, dtype=torch.float64) for s in [(5, 4), (3, 5)])
+    expected = Pair(a.clone(), b.clone(), 2.0)
+    group = {"params": [nn.Parameter(a), nn.Parameter(b)], "scaling": 2.0}
+    if method.kind in (LoRARITE, LoRAMuon, LoRATSD):
+        with pytest.raises(UserError, match=rf"rank 5 exceeds min\(m, n\) = 3 .*{method.kind.__name__} needs"):
+            method.kind([group])
+        return
+    # LoRA-FA's damping, which the oracle leaves out, is all that its Gram matrix has beside A's range
+    options = method.options | ({"damping": 1e-8} if method.kind is LoRAFA else {})
+    optimizer = method.kind([group], **options)
+    for _ in range(5):
+        g = torch.randn(3, 4, generator=generator, dtype=torch.float64)
+        for p, gradient in zip(group["params"], (2 * b.mT @ g, 2 * g @ a.mT), strict=True):
+            p.grad = gradient.clone()
+        optimizer.step()
+        method.oracle(expected, g, **_for_oracle(method))
+    error = furthest([2 * b @ a], [expected.product])  # the parameters lie over a and b
+    print(f"\n{method.kind.__name__}: {error:.1e}")
+    assert error < (4e-6 if method.kind is LoRAFA else 6e-14)  # measured 1.7e-7, and 3.6e-15 at most
+
+
+def test_sharded_factors_are_refused():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = DeviceMesh("cpu", [0])
+        factors = [nn.Parameter(distribute_tensor(torch.randn(s), mesh, [Shard(0)])) for s in [(3, 7), (9, 3)]]
+        with pytest.raises(UserError, match=r"LoRAMuon takes whole factors.*DTensors.*ddp"):
+            LoRAMuon(factors)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @every_method

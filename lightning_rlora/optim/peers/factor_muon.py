@@ -12,13 +12,15 @@ QUINTIC = (3.4445, -4.7750, 2.0315)
 """Coefficients a, b, c of Muon's iteration a X + (b X X^T + c (X X^T)^2) X, the ones of torch.optim.Muon."""
 
 STEPS = 5
-TINY = 1e-7
+
+EPS = 1e-7
+"""The least norm a matrix is divided by before the iteration, as in torch.optim.Muon."""
 
 
 def newton_schulz(x: Tensor) -> Tensor:
-    """Muon's rough polar factor of x (L, k, r), k >= r: singular values between about 0.7 and 1.2, zero stays zero."""
+    """Muon's rough polar factor of x (L, k, r): singular values between about 0.7 and 1.2, zero stays zero."""
     a, b, c = QUINTIC
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(TINY)
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(EPS)
     eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
     for _ in range(STEPS):
         n = x.mT @ x
@@ -70,7 +72,8 @@ class FactorMuon(PerPairOptimizer):
         return {"momentum_buffer": torch.zeros_like(factor)}
 
     def update(self, b: Side, a: Side, group: dict[str, Any]) -> tuple[Side, Side]:
-        """Both sides, each on its own; A has at least as many columns as rows, so its size is 1."""
+        """Both sides, each on its own."""
         numbers = {n: group[n] for n in ("lr", "momentum", "weight_decay")}
-        m, r = b.value.shape[1:]
-        return factor_muon_side(b, **numbers, size=(m / r) ** 0.5), factor_muon_side(a, **numbers, size=1.0)
+        (m, r), n = b.value.shape[1:], a.value.shape[1]
+        size_b, size_a = max(1, m / r) ** 0.5, max(1, r / n) ** 0.5
+        return factor_muon_side(b, **numbers, size=size_b), factor_muon_side(a, **numbers, size=size_a)

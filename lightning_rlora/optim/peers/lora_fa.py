@@ -5,11 +5,11 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_rlora.optim.peers.per_pair import Side
-from lightning_rlora.optim.peers.rprec_adamw import RPrecAdamW, adamw_side, preconditioned
+from lightning_rlora.optim.peers.per_pair import PerPairOptimizer, Side
+from lightning_rlora.optim.peers.rprec_adamw import adamw_side, adamw_start, preconditioned
 
 
-class LoRAFA(RPrecAdamW):
+class LoRAFA(PerPairOptimizer):
     """LoRA with A frozen, and AdamW on B's projected gradient (LoRA-FA, arXiv 2308.03303).
 
     B's gradient is the one whose product with A is nearest to the weight's own gradient:
@@ -39,7 +39,19 @@ class LoRAFA(RPrecAdamW):
         damping: float = 1e-8,
         adamw_lr: float = 1e-4,
     ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay, damping, adamw_lr)
+        super().__init__(
+            params,
+            {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "damping": damping},
+            adamw_lr=adamw_lr,
+        )
+
+    def start(self, factor: Tensor) -> dict[str, Tensor]:
+        """AdamW's state, of B."""
+        return adamw_start(factor)
+
+    def start_a(self, factor: Tensor) -> dict[str, Tensor]:
+        """None: A stays."""
+        return {}
 
     def update(self, b: Side, a: Side, group: dict[str, Any]) -> tuple[Side, Side]:
         """B moves, A stays."""

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_rlora.geometry.gram import gram
 from lightning_rlora.optim.peers.per_pair import PerPairOptimizer, Side, in_weight_units
-from lightning_rlora.optim.peers.roots import gram, inverse_root, msign
+from lightning_rlora.optim.peers.roots import inverse_root, msign
 
 RIDGE = 1e-5
 """Added to the diagonal of a Gram matrix before its root, as a share of the matrix's Frobenius norm."""
@@ -54,6 +55,8 @@ class LoRAMuon(PerPairOptimizer):
         weight_decay: Rate at which the product shrinks (times lr); for AdamW groups their decoupled weight decay.
         adamw_lr: Learning rate of AdamW groups that bring none.
     """
+
+    needs_full_rank = True
 
     def __init__(
         self,

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from lightning_rlora.geometry.batched_eigh import eigh
+from lightning_rlora.geometry.gram import gram
 from lightning_rlora.optim.peers.per_pair import PerPairOptimizer, Side, in_weight_units
-from lightning_rlora.optim.peers.roots import gram, pseudo_inverse_root
+from lightning_rlora.optim.peers.roots import pseudo_inverse_root
 
 
 def lora_rite_step(
@@ -19,7 +20,7 @@ def lora_rite_step(
     basis_b, basis_a = b.value @ root_b, a.value @ root_a
 
     def moved(side: Side, basis: Tensor, other_root: Tensor, other_basis: Tensor, other: Side) -> Side:
-        step = side.state["step"] + 1
+        step = side.state["steps"] + 1
         keep1, keep2 = (_corrected(beta, step) for beta in betas)
         turn = other_basis.mT @ other.state["basis"]
         gradient = side.grad @ other_root  # "unmagnified": in the other factor's orthonormal basis
@@ -32,7 +33,7 @@ def lora_rite_step(
         scaled = gradient @ (vectors * inverse.unsqueeze(-2)) @ vectors.mT
         first = torch.lerp(scaled, side.state["first_moment"] @ turn.mT, keep1[:, None, None])
         value = (1 - lr * weight_decay) * side.value - lr * first @ other_root
-        state = {"step": step, "basis": basis, "first_moment": first, "second_moment": second, "escaped": escaped}
+        state = {"steps": step, "basis": basis, "first_moment": first, "second_moment": second, "escaped": escaped}
         return side._replace(value=value, state=state)
 
     return moved(b, basis_b, root_a, basis_a, a), moved(a, basis_a, root_b, basis_b, b)
@@ -77,6 +78,8 @@ class LoRARITE(PerPairOptimizer):
         adamw_lr: Learning rate of AdamW groups that bring none.
     """
 
+    needs_full_rank = True
+
     def __init__(
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]],
@@ -94,7 +97,7 @@ class LoRARITE(PerPairOptimizer):
         """Moments in the other factor's basis, what escaped from them, and this factor's own basis."""
         r = factor.shape[-1]
         return {
-            "step": factor.new_zeros(()),
+            "steps": factor.new_zeros(()),
             "basis": torch.zeros_like(factor),
             "first_moment": torch.zeros_like(factor),
             "second_moment": factor.new_zeros(r, r),

@@ -6,14 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_rlora.geometry.gram import gram
 from lightning_rlora.optim.peers.lora_muon import decayed
 from lightning_rlora.optim.peers.per_pair import PerPairOptimizer, Side, in_weight_units
-from lightning_rlora.optim.peers.roots import gram, inverse_root, msign
+from lightning_rlora.optim.peers.roots import DIVISOR_FLOOR, inverse_root, msign
 
 RIDGE = 1e-8
 """Added to the diagonal of a Gram matrix, as a share of its mean."""
-
-TINY = 1e-30
 
 
 def lora_tsd_step(
@@ -33,7 +32,7 @@ def lora_tsd_step(
     core[:, :r, :r], core[:, :r, r:], core[:, r:, :r] = k, y.mT @ q_y, q_z.mT @ z
     polar = msign(core)
     polar[:, r:, r:] = 0  # no tangent vector has a part orthogonal to both U and V
-    rate = (max_step_norm / polar.norm(dim=(1, 2)).clamp_min(TINY)).clamp_max(lr)[:, None, None]
+    rate = (max_step_norm / polar.norm(dim=(1, 2)).clamp_min(DIVISOR_FLOOR)).clamp_max(lr)[:, None, None]
     change_b = -rate * (u @ polar[:, :r, :r] + q_z @ polar[:, r:, :r]) @ root_a
     change_a = -rate * (q_y @ polar[:, :r, r:].mT) @ root_b
     new_b = decayed(b.value, change_b, lr * weight_decay)
@@ -78,6 +77,8 @@ class LoRATSD(PerPairOptimizer):
         max_step_norm: Largest Frobenius norm of the product's change in a step.
         adamw_lr: Learning rate of AdamW groups that bring none.
     """
+
+    needs_full_rank = True
 
     def __init__(
         self,

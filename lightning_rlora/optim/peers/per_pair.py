@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_rlora.errors import Diverged, UserError
 from lightning_rlora.optim.adamw import adamw_step
-from lightning_rlora.optim.groups import check_pair, parameter_groups
+from lightning_rlora.optim.groups import check_full_rank, pairs_of_new_group, parameter_groups
+
+LARGEST_STACK = 2**23
+"""Entries of the largest stack of factors that step together, 64 MB in float64: a step has some ten such stacks alive,
+and all pairs of one shape of a model of 8 billion parameters would take gigabytes."""
 
 
 class Side(NamedTuple):
@@ -34,9 +39,9 @@ class Side(NamedTuple):
 class PerPairOptimizer(Optimizer):
     """One optimizer object for LoRA pairs, moved by a method of its own, and AdamW for everything else that trains.
 
-    Pairs of one shape step together, in float64 whatever surrounds the step. A subclass says what it keeps of a factor
-    (`start`) and how a batch of pairs moves (`update`, a pure function behind it). A factor of zeros, as PEFT starts B
-    with, is a factor like any other.
+    Pairs of one shape step together, as many as `LARGEST_STACK` allows, in float64 whatever surrounds the step. A
+    subclass says what it keeps of a factor (`start`) and how a batch of pairs moves (`update`, a pure function behind
+    it). A factor of zeros, as PEFT starts B with, is a factor like any other.
 
     Args:
         params: Parameter groups; `parameter_groups(model)` makes them, `for_model` does both. Groups hold pairs,
@@ -45,9 +50,12 @@ class PerPairOptimizer(Optimizer):
         adamw_lr: Learning rate of AdamW groups that bring none.
 
     Raises:
-        UserError: If a group's parameters are not pairs of factors, or are not float32 or float64, or an option is out
-            of its range.
+        UserError: If a group's parameters are not pairs of factors, are not float32 or float64, or are sharded; if the
+            rank is more than the method can do, or an option out of its range.
     """
+
+    needs_full_rank: ClassVar[bool] = False
+    """Whether the method has no step for ranks above min(m, n), where Gram matrices of factors are singular."""
 
     def __init__(
         self, params: Iterable[Tensor] | Iterable[dict[str, Any]], defaults: dict[str, Any], *, adamw_lr: float
@@ -74,33 +82,33 @@ class PerPairOptimizer(Optimizer):
         return cls(parameter_groups(model), **options)
 
     def start(self, factor: Tensor) -> dict[str, Tensor]:
-        """The state of a tall factor (k, r) before its first step; what has two dimensions is laid out like it."""
+        """The state of a tall factor (k, r) before its first step; what has two dimensions is laid out like it.
+
+        An entry is not to be called `step`: on loading, torch leaves one of that name on the CPU.
+        """
         raise NotImplementedError
 
+    def start_a(self, factor: Tensor) -> dict[str, Tensor]:
+        """The same of A, transposed: what `start` says unless a method treats A in another way."""
+        return self.start(factor)
+
     def update(self, b: Side, a: Side, group: dict[str, Any]) -> tuple[Side, Side]:
-        """Both sides of a batch with the values and states after one step."""
+        """Both sides of a batch with the values and states after one step; a side that rests is returned itself."""
         raise NotImplementedError
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of pairs or an AdamW group."""
-        algorithm = param_group.get("algorithm", self.defaults["algorithm"])
-        if algorithm == "adamw":
-            param_group.setdefault("lr", self._adamw_lr)
-        elif algorithm != self.defaults["algorithm"]:
+        name = type(self).__name__
+        pairs = pairs_of_new_group(param_group, self, (self.defaults["algorithm"], "adamw"), self._adamw_lr)
+        if self.needs_full_rank:
+            check_full_rank(pairs, name)
+        if any(isinstance(factor, DTensor) for pair in pairs for factor in pair):
+            raise UserError(f"{name} takes whole factors, and these are sharded (FSDP2's DTensors): use strategy ddp")
+        options = self.defaults | param_group
+        if not options["lr"] * options["weight_decay"] < 1:
             raise UserError(
-                f"unknown algorithm {algorithm!r} of a parameter group of {type(self).__name__}: leave it out for LoRA "
-                "pairs, or use adamw"
+                f"lr * weight_decay of {name} is {options['lr'] * options['weight_decay']}: keep it below 1"
             )
-        check_options(self.defaults | param_group, type(self).__name__)
-        if algorithm != "adamw":
-            param_group["params"] = params = list(param_group["params"])
-            if len(params) % 2:
-                raise UserError(
-                    f"a group of LoRA pairs holds {len(params)} parameters, an odd number: give them as A, B, A, B, "
-                    "..., or the group algorithm='adamw'"
-                )
-            for a, b in zip(params[::2], params[1::2], strict=True):
-                check_pair(a, b, param_group.get("scaling", 1.0))
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -119,7 +127,10 @@ class PerPairOptimizer(Optimizer):
                 entry = state_dict["state"].get(index, {})
                 expected = self._start(factor, transposed=i % 2 == 0)
                 if entry and {k: v.shape for k, v in entry.items()} != {k: v.shape for k, v in expected.items()}:
-                    raise UserError("this is the state of an optimizer for an adapter of another rank or other layers")
+                    raise UserError(
+                        "this is the state of an optimizer for an adapter of another rank or other layers, or of an "
+                        "earlier version's"
+                    )
         super().load_state_dict(state_dict)
 
     @torch.no_grad()
@@ -147,13 +158,16 @@ class PerPairOptimizer(Optimizer):
                 continue
             for pairs in _alike(group["params"]):
                 a, b = (list(factors) for factors in zip(*pairs, strict=True))
-                new_b, new_a = self.update(self._side(b), self._side(a, transposed=True), group)
+                side_b, side_a = self._side(b), self._side(a, transposed=True)
+                new_b, new_a = self.update(side_b, side_a, group)
                 self._write(b, new_b)
-                self._write(a, new_a, transposed=True)
+                if new_a is not side_a:
+                    self._write(a, new_a, transposed=True)
         return loss
 
     def _start(self, factor: Tensor, transposed: bool) -> dict[str, Tensor]:
-        state = self.start(_turned(factor.detach().flatten(1), transposed))
+        start = self.start_a if transposed else self.start
+        state = start(_turned(factor.detach().flatten(1), transposed))
         return {name: _turned(value, transposed).contiguous() for name, value in state.items()}
 
     def _side(self, factors: list[Tensor], transposed: bool = False) -> Side:
@@ -162,7 +176,7 @@ class PerPairOptimizer(Optimizer):
                 self.state[factor] = self._start(factor, transposed)
 
         def stacked(tensors: list[Tensor]) -> Tensor:
-            stack = torch.stack([tensor.to(factors[0].device) for tensor in tensors]).double()
+            stack = torch.stack(tensors).double()
             return _turned(stack.flatten(2) if stack.ndim > 2 else stack, transposed, batched=True)
 
         state = {name: stacked([self.state[p][name] for p in factors]) for name in self.state[factors[0]]}
@@ -187,31 +201,17 @@ def in_weight_units(
     return b._replace(value=b.value / root), a._replace(value=a.value / root)
 
 
-def check_options(options: dict[str, Any], optimizer: str) -> None:
-    """Refuse options of a group that no step can take, with a UserError."""
-    for name in ("lr", "weight_decay", "eps"):
-        if not options[name] >= 0:
-            raise UserError(f"{name} = {options[name]} of {optimizer} must not be negative")
-    shares = {"betas": options["betas"]} | {n: (options[n],) for n in ("momentum", "curvature_beta") if n in options}
-    for name, values in shares.items():
-        if not all(0 <= value < 1 for value in values):
-            raise UserError(f"{name} = {options[name]} of {optimizer} must be at least 0 and below 1")
-    if not options["lr"] * options["weight_decay"] < 1:
-        raise UserError(
-            f"lr * weight_decay of {optimizer} is {options['lr'] * options['weight_decay']}: keep it below 1"
-        )
-    for name in ("damping", "max_step_norm"):
-        if name in options and not options[name] > 0:
-            raise UserError(f"{name} = {options[name]} of {optimizer} must be positive")
-
-
 def _alike(params: list[Tensor]) -> list[list[tuple[Tensor, Tensor]]]:
-    """The pairs (A, B) that have gradients, those of one shape, dtype and device together."""
+    """The pairs (A, B) that have gradients: those of one shape, dtype and device, up to `LARGEST_STACK`, together."""
     found: dict[Hashable, list[tuple[Tensor, Tensor]]] = defaultdict(list)
     for a, b in zip(params[::2], params[1::2], strict=True):
         if a.grad is not None and b.grad is not None:
             found[a.shape, b.shape, a.dtype, a.device].append((a, b))
-    return list(found.values())
+    batches = []
+    for pairs in found.values():
+        at_once = max(1, LARGEST_STACK // max(factor.numel() for factor in pairs[0]))
+        batches += [pairs[i : i + at_once] for i in range(0, len(pairs), at_once)]
+    return batches
 
 
 def _turned(x: Tensor, transposed: bool, batched: bool = False) -> Tensor:

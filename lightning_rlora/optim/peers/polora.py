@@ -7,21 +7,20 @@ import torch
 from torch import Tensor
 
 from lightning_rlora.geometry.batched_eigh import eigh
+from lightning_rlora.geometry.gram import gram
 from lightning_rlora.optim.peers.lora_muon import decayed
 from lightning_rlora.optim.peers.per_pair import PerPairOptimizer, Side, in_weight_units
-from lightning_rlora.optim.peers.roots import gram, inverse_root, msign, spectral_norm
+from lightning_rlora.optim.peers.roots import DIVISOR_FLOOR, inverse_root, msign, spectral_norm
 
 RIDGE = 1e-4
 """Added to curvatures, diagonal or not, as a share of the largest."""
-
-TINY = 1e-30
 
 
 def polora_step(
     b: Side, a: Side, *, lr: float, momentum: float, curvature_beta: float, weight_decay: float
 ) -> tuple[Side, Side]:
     """One step of `PoLoRA` on a batch of pairs."""
-    size = lr / (spectral_norm(b.value) + spectral_norm(a.value)).clamp_min(TINY)
+    size = lr / (spectral_norm(b.value) + spectral_norm(a.value)).clamp_min(DIVISOR_FLOOR)
 
     def moved(side: Side, other: Side) -> Side:
         mean = torch.lerp(side.grad, side.state["momentum_buffer"], momentum)
@@ -30,7 +29,7 @@ def polora_step(
         n = gram(other.value * damped(other.state["curvature"]).sqrt().unsqueeze(-1))
         root_c = inverse_root(n, RIDGE * largest_eigenvalue(n))
         direction = root_p * msign(root_p * ahead @ root_c) @ root_c
-        share = size / spectral_norm(direction).clamp_min(TINY)
+        share = size / spectral_norm(direction).clamp_min(DIVISOR_FLOOR)
         value = decayed(side.value, -share[:, None, None] * direction, lr * weight_decay)
         rows = (side.grad @ root_c).square().mean(-1)
         curvature = torch.lerp(rows, side.state["curvature"], curvature_beta)
@@ -42,7 +41,7 @@ def polora_step(
 def damped(curvature: Tensor) -> Tensor:
     """A diagonal (L, k) with its largest entry at 1, and the ridge; all equal where nothing is known yet."""
     largest = curvature.amax(-1, keepdim=True)
-    return torch.where(largest > 0, curvature / largest.clamp_min(TINY), 1.0) + RIDGE
+    return torch.where(largest > 0, curvature / largest.clamp_min(DIVISOR_FLOOR), 1.0) + RIDGE
 
 
 def largest_eigenvalue(n: Tensor) -> Tensor:

@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from lightning_rlora.geometry.batched_eigh import eigh
+from lightning_rlora.geometry.gram import gram
 
 SMALLEST = 1e-5
 """Singular values at or below this share of the largest count as zero: their directions are rounding."""
 
-
-def gram(x: Tensor) -> Tensor:
-    """X^T X, (L, k, r) -> (L, r, r)."""
-    return x.mT @ x
+DIVISOR_FLOOR = 1e-30
+"""The least that norms are divided by: zero over zero is zero, and whatever is not zero is far above."""
 
 
 def inverse_root(n: Tensor, ridge: Tensor) -> Tensor:
@@ -35,7 +34,7 @@ def pseudo_inverse_root(n: Tensor) -> Tensor:
 
 
 def msign(x: Tensor) -> Tensor:
-    """The polar factor X (X^T X)^(-1/2) of x (L, k, r), k >= r; zero stays zero."""
+    """The polar factor X (X^T X)^(-1/2) of x (L, k, r), on X's range; zero stays zero."""
     return x @ pseudo_inverse_root(gram(x))
 
 

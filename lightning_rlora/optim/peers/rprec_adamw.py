@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_rlora.geometry.gram import gram
 from lightning_rlora.optim.peers.per_pair import PerPairOptimizer, Side
-from lightning_rlora.optim.peers.roots import gram
 
 
 def preconditioned(gradient: Tensor, other: Tensor, damping: float) -> Tensor:
@@ -17,17 +17,23 @@ def preconditioned(gradient: Tensor, other: Tensor, damping: float) -> Tensor:
     return torch.linalg.solve(n + damping * eye, gradient, left=False)
 
 
+def adamw_start(factor: Tensor) -> dict[str, Tensor]:
+    """The state of `adamw_side`. Its moments are none of a factor's gradient, so not named as torch names those."""
+    zeros = torch.zeros_like
+    return {"steps": factor.new_zeros(()), "first_moment": zeros(factor), "second_moment": zeros(factor)}
+
+
 def adamw_side(
     side: Side, gradient: Tensor, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
 ) -> Side:
     """One step of AdamW with another gradient in the place of the side's own."""
-    step = side.state["step"] + 1
+    step = side.state["steps"] + 1
     first = torch.lerp(gradient, side.state["first_moment"], betas[0])
     second = torch.lerp(gradient.square(), side.state["second_moment"], betas[1])
     correction1, correction2 = ((1 - beta**step)[:, None, None] for beta in betas)
     direction = (first / correction1) / ((second / correction2).sqrt() + eps)
     value = (1 - lr * weight_decay) * side.value - lr * direction
-    return side._replace(value=value, state={"step": step, "first_moment": first, "second_moment": second})
+    return side._replace(value=value, state={"steps": step, "first_moment": first, "second_moment": second})
 
 
 def rprec_adamw_step(b: Side, a: Side, *, damping: float, **adamw: Any) -> tuple[Side, Side]:
@@ -79,9 +85,8 @@ class RPrecAdamW(PerPairOptimizer):
         )
 
     def start(self, factor: Tensor) -> dict[str, Tensor]:
-        """AdamW's state. Its moments are no gradients of the factors, and so are not named as torch names those."""
-        zeros = torch.zeros_like
-        return {"step": factor.new_zeros(()), "first_moment": zeros(factor), "second_moment": zeros(factor)}
+        """See `adamw_start`."""
+        return adamw_start(factor)
 
     def update(self, b: Side, a: Side, group: dict[str, Any]) -> tuple[Side, Side]:
         """See `rprec_adamw_step`."""
