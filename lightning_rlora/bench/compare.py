@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from lightning_rlora.bench.fragments import fill
 from lightning_rlora.bench.plan import Plan, Run
 from lightning_rlora.bench.pool import run_all
 from lightning_rlora.bench.results import Result, read_result
 from lightning_rlora.bench.worker import Fit, Job
 from lightning_rlora.errors import UserError
 from lightning_rlora.files import write_atomically
+from lightning_rlora.fragments import fill
 
 
 def run_plan(
