@@ -22,16 +22,18 @@ class LoRAGA(Start):
 
     Args:
         batches: Number of training batches whose mean gradient is used.
-        gamma: Larger is a smaller start; the authors' default.
+        stable_gamma: gamma; larger is a smaller start. The default is the authors'.
         oversampling: Extra columns of the sketches beyond 2r.
         power_steps: Power iterations; each costs two more passes.
     """
 
-    def __init__(self, batches: int = 8, gamma: float = 16.0, oversampling: int = 16, power_steps: int = 1) -> None:
-        if batches < 1 or not gamma > 0 or oversampling < 0 or power_steps < 0:
-            raise UserError("LoRAGA needs batches >= 1, gamma > 0, oversampling >= 0 and power_steps >= 0")
+    def __init__(
+        self, batches: int = 8, stable_gamma: float = 16.0, oversampling: int = 16, power_steps: int = 1
+    ) -> None:
+        if batches < 1 or not stable_gamma > 0 or oversampling < 0 or power_steps < 0:
+            raise UserError("LoRAGA needs batches >= 1, stable_gamma > 0, oversampling >= 0 and power_steps >= 0")
         self.batches = batches
-        self.gamma = gamma
+        self.stable_gamma = stable_gamma
         self.oversampling = oversampling
         self.power_steps = power_steps
 
@@ -48,6 +50,6 @@ class LoRAGA(Start):
         with torch.no_grad():
             for pair, (u, _, v) in zip(pairs, triplets, strict=True):
                 m, _, r = pair.shape
-                size = m**0.25 / self.gamma**0.5
+                size = m**0.25 / self.stable_gamma**0.5
                 pair.a.copy_((size * v[:, :r].mT).reshape(pair.a.shape))
                 pair.b.copy_((size * u[:, r : 2 * r]).reshape(pair.b.shape))

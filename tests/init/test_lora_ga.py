@@ -78,6 +78,12 @@ def test_modules_stay_in_their_modes_and_parameters_as_they_were():
 def test_what_is_refused():
     with pytest.raises(UserError, match=r"LoRA-GA needs 2r <= min\(m, n\)"):
         start(tiny_gpt2(r=9))
-    for options in ({"batches": 0}, {"gamma": 0}, {"gamma": float("nan")}, {"oversampling": -1}, {"power_steps": -1}):
-        with pytest.raises(UserError, match="LoRAGA needs batches >= 1, gamma > 0"):
+    for options in (
+        {"batches": 0},
+        {"stable_gamma": 0},
+        {"stable_gamma": float("nan")},
+        {"oversampling": -1},
+        {"power_steps": -1},
+    ):
+        with pytest.raises(UserError, match="LoRAGA needs batches >= 1, stable_gamma > 0"):
             LoRAGA(**options)
