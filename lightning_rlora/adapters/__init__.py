@@ -9,7 +9,7 @@ from lightning_rlora.adapters.adapt import (
     float32_heads,
     load_adapter,
 )
-from lightning_rlora.adapters.data_starts import EVA, CorDA, LoRAGA
+from lightning_rlora.adapters.data_starts import EVA, CorDA
 from lightning_rlora.adapters.export import export_adapter, merge_adapter
 from lightning_rlora.adapters.gauge import (
     balanced_factors,
@@ -19,16 +19,22 @@ from lightning_rlora.adapters.gauge import (
     refuse_trained,
     write_point,
 )
-from lightning_rlora.adapters.offset import BaseOffset, get_offset, offset_factors, track_offsets
+from lightning_rlora.adapters.offset import (
+    BaseOffset,
+    check_shiftable,
+    get_offset,
+    offset_factors,
+    subtract_start,
+    track_offsets,
+)
 from lightning_rlora.adapters.pairs import LoraPair, LoraScan, find_pairs, matrix, scan
-from lightning_rlora.adapters.starts import LoftQ, OLoRA, Passes, PiSSA, Start, Stiefel
+from lightning_rlora.adapters.starts import LoftQ, OLoRA, Passes, PiSSA, Start, Stiefel, renew_magnitude
 from lightning_rlora.adapters.state import adapter_keys, check_adapter, keep_adapter, read_checkpoint
 
 __all__ = [
     "EVA",
     "BaseOffset",
     "CorDA",
-    "LoRAGA",
     "LoftQ",
     "LoraPair",
     "LoraScan",
@@ -43,6 +49,7 @@ __all__ = [
     "adapter_keys",
     "balanced_factors",
     "check_adapter",
+    "check_shiftable",
     "config_fields",
     "export_adapter",
     "find_adapted",
@@ -59,7 +66,9 @@ __all__ = [
     "read_point",
     "read_points",
     "refuse_trained",
+    "renew_magnitude",
     "scan",
+    "subtract_start",
     "track_offsets",
     "write_point",
 ]

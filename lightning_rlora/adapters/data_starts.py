@@ -1,59 +1,17 @@
-"""Starts that look at the training data first: LoRA-GA, EVA and CorDA, by PEFT's own preparations."""
+"""Starts that look at the training data first: EVA and CorDA, by PEFT's own preparations."""
 
-import warnings
 from copy import copy
 from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, initialize_lora_eva_weights
-from peft.tuners.lora.config import CordaConfig, EvaConfig, LoraGAConfig
+from peft.tuners.lora.config import CordaConfig, EvaConfig
 from peft.tuners.lora.corda import preprocess_corda
-from peft.tuners.lora.loraga import preprocess_loraga
 from torch import nn
 
 from lightning_rlora.adapters.pairs import LoraPair
 from lightning_rlora.adapters.starts import Passes, Start, check_linear, keep_base
 from lightning_rlora.errors import UserError
-
-
-class LoRAGA(Start):
-    """Singular vectors of the loss gradient, so that the first step is close to full fine-tuning's (arXiv 2407.05000).
-
-    PEFT stores the full gradient of every adapted layer at once: as much memory as the base, in its dtype. It
-    multiplies B by the gradient's singular values, so that the start grows with the loss's scale.
-
-    Args:
-        batches: Number of training batches whose mean gradient is used.
-        direction: Which of the top 2r singular vectors go to A and which to B.
-        scale: How the factors are scaled.
-        stable_gamma: gamma of the scale `stable`.
-    """
-
-    def __init__(
-        self,
-        batches: int = 8,
-        direction: Literal["ArBr", "A2rBr", "ArB2r", "random"] = "ArB2r",
-        scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = "stable",
-        stable_gamma: int = 16,
-    ) -> None:
-        self.batches = batches
-        self._config = LoraGAConfig(direction=direction, scale=scale, stable_gamma=stable_gamma)
-
-    def set_factors(self, model: nn.Module, pairs: list[LoraPair], passes: Passes, generator: torch.Generator) -> None:
-        """Run the backward passes and decompose every gradient."""
-        check_linear(pairs, "LoRA-GA")
-
-        def train_step() -> None:
-            model.eval()  # PEFT turned training mode on, and with it dropout
-            for batch in passes.batches:
-                passes.loss(batch).backward()
-
-        targets = _targets(pairs, init_lora_weights="lora_ga", lora_ga_config=self._config)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Full backward hook")  # PEFT's count of passes, in the first layer
-            preprocess_loraga(model, targets, train_step)
-        for pair in pairs:
-            keep_base(pair, lambda layer, adapter: layer.lora_ga_init(adapter, self._config))
 
 
 class EVA(Start):
@@ -98,6 +56,7 @@ class EVA(Start):
                 inputs,
                 forward_fn=lambda _, batch: passes.forward(batch),
                 adapter_name=adapter,
+                gather_distributed_inputs=False,  # each process looks at batches of its own, and the first one's count
                 show_progress_bar=False,
             )
         finally:

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_rlora.adapters.pairs import LoraPair, base_weight, is_quantised, is_transposed
+from lightning_rlora.adapters.pairs import (
+    LoraPair,
+    base_weight,
+    is_quantised,
+    is_transposed,
+    matrix,
+    with_shared_base,
+)
 from lightning_rlora.errors import UserError
 
 NAME = "manifold_offset"
@@ -171,3 +178,33 @@ def offset_factors(pair: LoraPair) -> tuple[Tensor, Tensor] | None:
     """The factors (m, k), (k, n) of the X0 that the pair's base is shifted by, or None for a pristine base."""
     offset = get_offset(pair)
     return (offset.left, offset.right) if offset is not None and offset.is_set else None
+
+
+def check_shiftable(model: nn.Module, pairs: list[LoraPair]) -> None:
+    """Refuse bases that cannot take an offset, before anything is done.
+
+    Args:
+        model: The model that the pairs were found in, or one around it.
+        pairs: The pairs whose bases are to be shifted.
+
+    Raises:
+        UserError: If a base is quantised or another layer's too.
+    """
+    for pair in pairs:
+        if is_quantised(pair):
+            raise UserError(
+                f"the base of layer {pair.name} is quantised and cannot be shifted by a start: use LocallyOptimalInit "
+                "with offset 'none', or AdapterInit with LoftQ, which is made for quantised bases"
+            )
+    for pair in with_shared_base(model, pairs):
+        raise UserError(
+            f"layer {pair.name} shares its base weight with another layer, so it cannot be shifted for one of them: "
+            "leave it out of target_modules, or use a start that leaves the base alone"
+        )
+
+
+def subtract_start(pair: LoraPair) -> None:
+    """Shift a tracked base by the factors as they were stored, so that X - X0 is zero to the last bit."""
+    offset = get_offset(pair)
+    assert offset is not None
+    offset.subtract(pair.scaling * matrix(pair.b), matrix(pair.a))

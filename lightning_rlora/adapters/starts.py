@@ -27,7 +27,7 @@ class Passes:
     Attributes:
         batches: As many as the start asks for.
         forward: The adapted model on a batch of keyword arguments, without gradients.
-        loss: The loss of a batch, differentiable.
+        loss: The loss of a batch, differentiable; what it draws at random it draws the same each time.
     """
 
     batches: list[Any]
@@ -133,7 +133,7 @@ class LoftQ(Start):
                 raise UserError(f"LoftQ starts from the error of quantisation, and layer {pair.name} is not quantised")
         adapted: Any = model
         quantised = adapted.get_base_model() if isinstance(model, PeftModel) else adapted
-        exact = dict(type(quantised).from_pretrained(quantised.name_or_path, dtype="auto").named_modules())
+        exact = dict(_before_quantisation(quantised).named_modules())
         for pair in pairs:
             weight: Any = exact[pair.name.removeprefix("base_model.model.")].weight
             base: Any = pair.layer.get_base_layer()
@@ -144,14 +144,22 @@ class LoftQ(Start):
             write_point(pair, Point(u[:, :r], s[:r], vt[:r].mT))
 
 
+def _before_quantisation(model: Any) -> nn.Module:
+    """The weights that a quantised model was made from, read once more, in the revision that it was loaded from."""
+    name, revision = model.name_or_path, getattr(model.config, "_commit_hash", None) or "main"
+    stored = type(model.config).from_pretrained(name, revision=revision)
+    if getattr(stored, "quantization_config", None) is not None:
+        raise UserError(
+            f"{name} is stored quantised, so what quantisation took away is not to be had: LoftQ needs a base that is "
+            "quantised as it is loaded (quantization: 4bit)"
+        )
+    exact: nn.Module = type(model).from_pretrained(name, revision=revision, dtype="auto")
+    return exact
+
+
 def check_linear(pairs: list[LoraPair], start: str) -> None:
     """Refuse layers that PEFT's initialisations of linear layers do not know, before anything is done."""
     for pair in pairs:
-        if is_quantised(pair):
-            raise UserError(
-                f"the base of layer {pair.name} is quantised, so nothing can be taken off it: {start} needs a base in "
-                "floating point; LoftQ is the start for quantised ones"
-            )
         if pair.adapter not in pair.layer.lora_A or base_weight(pair).ndim != 2:
             raise UserError(f"layer {pair.name} is not linear, and {start} knows linear layers only")
 
@@ -175,3 +183,20 @@ def keep_base(pair: LoraPair, peft_init: Callable[[Any, str], object]) -> None:
     for parameter, tensor, value in zip((weight, pair.a, pair.b), tensors, values, strict=True):
         parameter.data = tensor
         parameter.copy_(value)
+
+
+@torch.no_grad()
+def renew_magnitude(pair: LoraPair) -> None:
+    """Make DoRA's magnitudes, if the pair has any, the norms of W + c B A as they are now, so that the layer is that.
+
+    PEFT took them of the base alone, when the adapter was made.
+    """
+    if not pair.layer.use_dora.get(pair.adapter, False):
+        return
+    dora: Any = pair.layer.lora_magnitude_vector[pair.adapter]
+    magnitude = dora.weight  # the optimizer's
+    dora.update_layer(
+        base_layer=pair.layer.get_base_layer(), lora_A=pair.a.detach(), lora_B=pair.b.detach(), scaling=pair.scaling
+    )
+    magnitude.copy_(dora.weight)
+    dora.weight = magnitude

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
@@ -14,19 +14,21 @@ from lightning_rlora.adapters import (
     LoraPair,
     Passes,
     Start,
+    check_shiftable,
     find_adapted,
     find_pairs,
-    get_offset,
-    matrix,
     refuse_trained,
-    track_offsets,
+    renew_magnitude,
+    subtract_start,
 )
-from lightning_rlora.adapters.pairs import with_shared_base
+from lightning_rlora.adapters.gauge import start_factors
+from lightning_rlora.callbacks.initialisation import Initialisation
 from lightning_rlora.callbacks.training_batches import Loss, first_batches, precision, quiet, training_step_loss
 from lightning_rlora.errors import UserError
+from lightning_rlora.optim.fixed_rank import FixedRankOptimizer
 
 
-class AdapterInit(Callback):
+class AdapterInit(Initialisation):
     """Sets the adapters to a start, once, before the first step; a resumed run does not repeat it.
 
     A start whose product is not zero is taken off the base, W' = W - X0, so that the function is unchanged. The
@@ -35,11 +37,12 @@ class AdapterInit(Callback):
     rounding; the loss before and after is reported.
 
     Starts that need data run over the first training batches, those of the first process, with dropout off and logging
-    silenced; the random state is restored afterwards.
+    silenced; the random state is restored afterwards. DoRA's magnitudes become the norms of the start. Where a product
+    is zero and its optimizer is one on the manifold, the zero factor gets the optimizer's own tiny start.
 
     Args:
         start: `Stiefel`, `PiSSA`, `OLoRA`, `LoftQ`, `LoRAGA`, `EVA` or `CorDA`.
-        seed: Of random factors.
+        seed: Of whatever is random in the start.
         loss: Loss of a batch, `loss(module, batch)`, in place of `training_step`.
 
     Attributes:
@@ -48,44 +51,23 @@ class AdapterInit(Callback):
     """
 
     def __init__(self, start: Start, seed: int = 0, loss: Loss | None = None) -> None:
+        super().__init__(seed, loss)
         self.start = start
-        self.seed = seed
-        self._loss = loss
-        self.done = False
-        self.loss_before = float("nan")
-        self.loss_after = float("nan")
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Track the offset of every layer while the base is pristine, so that a checkpoint can restore it."""
-        track_offsets(find_pairs(pl_module))
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a resume must know: that the adapters are initialised."""
-        return {"done": self.done}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Do not run again after a resume."""
-        self.done = state_dict["done"]
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Run, unless the run was resumed."""
-        if self.done:
-            return
-        model = find_adapted(pl_module)
+    def initialise(self, trainer: Trainer, module: LightningModule) -> None:
+        """Run the start in every process, and take over the first one's."""
+        model = find_adapted(module)
         pairs = find_pairs(model)
         name = type(self.start).__name__
         refuse_trained(pairs, name)
-        if self.start.shifts_base and (shared := with_shared_base(model, pairs)):
-            raise UserError(
-                f"layer {shared[0].name} shares its base weight with another layer, so it cannot be shifted for one of "
-                "them: leave it out of target_modules"
-            )
-        loss_of = self._loss or training_step_loss(pl_module)
-        batches = first_batches(trainer, pl_module, max(1, self.start.batches))
+        if self.start.shifts_base:
+            check_shiftable(model, pairs)
+        loss_of = self._loss or training_step_loss(module)
+        batches = first_batches(trainer, module, max(1, self.start.batches))
 
         def loss(batch: Any) -> Tensor:
-            with precision(trainer):
-                return loss_of(pl_module, batch)
+            with precision(trainer), isolate_rng():
+                return loss_of(module, batch)
 
         def forward(batch: Any) -> object:
             with precision(trainer), torch.no_grad():
@@ -95,26 +77,48 @@ class AdapterInit(Callback):
         def measured() -> float:
             return float(trainer.strategy.reduce(loss(batches[0]), reduce_op="mean"))
 
-        with quiet(pl_module), isolate_rng():
+        with quiet(module), isolate_rng():
             self.loss_before = measured()
+            torch.manual_seed(self.seed)  # PEFT's starts draw from the global generator
             passes = Passes(batches[: self.start.batches], forward, loss)
-            self.start.set_factors(model, pairs, passes, torch.Generator().manual_seed(self.seed))
+            error = None
+            try:
+                self.start.set_factors(model, pairs, passes, torch.Generator().manual_seed(self.seed))
+            except UserError as refused:
+                error = refused
+            if not trainer.strategy.reduce_boolean_decision(error is None):
+                raise error or UserError(f"the start {name} failed in another process, which says why")
             self._settle(trainer, pairs)
             self.loss_after = measured()
-        for parameter in pl_module.parameters():
+        for parameter in module.parameters():
             parameter.grad = None
-        self.done = True
         rank_zero_info(f"{name} start of {len(pairs)} layers: loss {self.loss_before:.6f} -> {self.loss_after:.6f}")
 
     @torch.no_grad()
     def _settle(self, trainer: Trainer, pairs: list[LoraPair]) -> None:
-        """Make every process start where the first one does, and take the start off the base."""
+        """Make every process start where the first one does, and fit what depends on the factors to them."""
+        generator = torch.Generator().manual_seed(self.seed)
+        on_manifold = _factors_on_manifold(trainer)
         for pair in pairs:
             for factor in (pair.a, pair.b):
-                factor.copy_(trainer.strategy.broadcast(factor.detach()))
+                # by way of the CPU: tensors are pickled, and would come back on the first process's GPU
+                factor.copy_(trainer.strategy.broadcast(factor.detach().cpu()))
                 if not factor.isfinite().all():
                     raise UserError(f"the start of layer {pair.name} is not finite: look for bad input data")
+            if id(pair.a) in on_manifold:
+                start_factors(pair.b, pair.a, pair.scaling, generator)  # else the first step would do so, and only that
             if self.start.shifts_base:
-                offset = get_offset(pair)
-                assert offset is not None
-                offset.subtract(pair.scaling * matrix(pair.b), matrix(pair.a))
+                subtract_start(pair)
+            renew_magnitude(pair)
+
+
+def _factors_on_manifold(trainer: Trainer) -> set[int]:
+    """The identities of the factors that a Riemannian optimizer holds."""
+    return {
+        id(factor)
+        for optimizer in trainer.optimizers
+        if isinstance(optimizer, FixedRankOptimizer)
+        for group in optimizer.param_groups
+        if group["algorithm"] != "adamw"
+        for factor in group["params"]
+    }

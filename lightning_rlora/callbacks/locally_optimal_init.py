@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from lightning_rlora.adapters import LoraPair, find_pairs, get_offset, track_offsets
+from lightning_rlora.adapters import LoraPair, find_pairs, get_offset
 from lightning_rlora.adapters.pairs import base_weight, is_quantised
+from lightning_rlora.callbacks.initialisation import Initialisation
 from lightning_rlora.callbacks.training_batches import Loss, first_batches, precision, quiet, training_step_loss
 from lightning_rlora.errors import UserError
 from lightning_rlora.init import LayerStart, locally_optimal_init
 
 
-class LocallyOptimalInit(Callback):
+class LocallyOptimalInit(Initialisation):
     """Starts the adapters where their tangent spaces hold the most of the loss gradient, once, before the first step.
 
     Runs 2 (power_steps + 1) passes over the first batches of the training data, with dropout off and the random state
@@ -63,51 +64,33 @@ class LocallyOptimalInit(Callback):
             raise UserError("LocallyOptimalInit needs batches >= 1, oversampling >= 0 and power_steps >= 0")
         if offset not in ("subtract", "none", "auto"):
             raise UserError(f"unknown offset {offset!r} of LocallyOptimalInit: use subtract, none or auto")
+        super().__init__(seed, loss)
         self.alpha = alpha
         self.batches = batches
         self.oversampling = oversampling
         self.power_steps = power_steps
         self.offset = offset
-        self.seed = seed
-        self._loss = loss
-        self.done = False
         self.starts: list[LayerStart] = []
-        self.loss_before = float("nan")
-        self.loss_after = float("nan")
         self.offset_taken = ""
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Track the offset of every layer while the base is pristine, so that a checkpoint can restore it."""
-        track_offsets(find_pairs(pl_module))
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a resume must know: that the adapters are initialised."""
-        return {"done": self.done}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Do not run again after a resume."""
-        self.done = state_dict["done"]
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Run, unless the run was resumed."""
-        if self.done:
-            return
-        loss = self._loss or training_step_loss(pl_module)
-        batches = first_batches(trainer, pl_module, self.batches)
+    def initialise(self, trainer: Trainer, module: LightningModule) -> None:
+        """Run the passes, and keep what they found."""
+        loss = self._loss or training_step_loss(module)
+        batches = first_batches(trainer, module, self.batches)
 
         def mean_loss(run: Callable[[Tensor], object]) -> float:
             total = 0.0
             for batch in batches:
                 with precision(trainer):
-                    value = loss(pl_module, batch) / len(batches)
+                    value = loss(module, batch) / len(batches)
                 run(value)
                 total += value.item()
-            return float(trainer.strategy.reduce(torch.tensor(total, device=pl_module.device), reduce_op="mean"))
+            return float(trainer.strategy.reduce(torch.tensor(total, device=module.device), reduce_op="mean"))
 
         def backward() -> None:
             with isolate_rng():
                 mean_loss(Tensor.backward)
-            for p in pl_module.parameters():
+            for p in module.parameters():
                 if p.requires_grad:  # all processes start at the same point: that of their mean gradient
                     gradient = torch.zeros_like(p) if p.grad is None else p.grad
                     p.grad = trainer.strategy.reduce(gradient, reduce_op="mean")
@@ -117,11 +100,10 @@ class LocallyOptimalInit(Callback):
             with isolate_rng():
                 return mean_loss(lambda _: None)
 
-        with quiet(pl_module):
+        with quiet(module):
             self.loss_before = evaluate()
-            self._start(pl_module, backward, evaluate)
+            self._start(module, backward, evaluate)
             self.loss_after = evaluate()
-        self.done = True
         rank_zero_info(self.report())
 
     def _start(self, module: LightningModule, backward: Callable[[], None], evaluate: Callable[[], float]) -> None:

@@ -8,22 +8,17 @@ from torch import Tensor, nn
 
 from lightning_rlora.adapters import (
     LoraPair,
+    check_shiftable,
     find_pairs,
-    get_offset,
-    matrix,
     refuse_trained,
+    subtract_start,
     track_offsets,
     write_point,
 )
-from lightning_rlora.adapters.pairs import is_quantised, with_shared_base
-from lightning_rlora.adapters.probes import Probes, probing
+from lightning_rlora.adapters.probes import probing
 from lightning_rlora.errors import UserError
-from lightning_rlora.geometry import Point, Svd, randomized_svd
-from lightning_rlora.geometry.randomized_svd import generator_on
-from lightning_rlora.geometry.stacks import stacked_by_shape
-
-_HELD_OUT = 8
-"""Columns of the first product that estimate how much of the gradient was not found."""
+from lightning_rlora.geometry import Point, Svd
+from lightning_rlora.init.gradient_triplets import check_ranks, gradient_triplets
 
 
 @dataclass(frozen=True)
@@ -82,10 +77,13 @@ def locally_optimal_init(
     pairs = find_pairs(model)
     if alpha == 0:
         raise UserError("alpha = 0 is no point of the manifold: give the start another size")
-    _check(model, pairs, subtract=subtract)
+    check_ranks(pairs, "locally optimal initialisation")
+    if subtract:
+        check_shiftable(model, pairs)
+    refuse_trained(pairs, "locally optimal initialisation")
     track_offsets(pairs)
     with probing(model, pairs, backward) as probes:
-        triplets, energies = _gradient_triplets(pairs, probes, oversampling, power_steps, generator)
+        triplets, energies = gradient_triplets(pairs, probes, oversampling, power_steps, generator)
     sizes = [-0.01 / pair.shape[2] ** 0.5 if alpha is None else alpha for pair in pairs]
     for pair, svd, size in zip(pairs, triplets, sizes, strict=True):
         _start(pair, svd, size, subtract=subtract)
@@ -98,10 +96,7 @@ def _start(pair: LoraPair, svd: Svd, alpha: float, *, subtract: bool) -> None:
     r = pair.shape[2]
     write_point(pair, Point(u[:, :r] if alpha > 0 else -u[:, :r], s.new_full((r,), abs(alpha)), v[:, r : 2 * r]))
     if subtract:
-        offset = get_offset(pair)
-        assert offset is not None
-        # from the factors as they were stored, so that X - X0 is zero to the last bit
-        offset.subtract(pair.scaling * matrix(pair.b), matrix(pair.a))
+        subtract_start(pair)
 
 
 def _describe(
@@ -126,71 +121,3 @@ def _describe(
             )
         )
     return starts
-
-
-def _check(model: nn.Module, pairs: list[LoraPair], *, subtract: bool) -> None:
-    """Refuse what cannot be started before any pass is run."""
-    for pair in pairs:
-        m, n, r = pair.shape
-        if 2 * r > min(m, n):
-            raise UserError(
-                f"locally optimal initialisation needs 2r <= min(m, n): layer {pair.name} is {m} x {n}, so at most "
-                f"rank {min(m, n) // 2}, not {r}; lower r, or give this layer its own with rank_pattern"
-            )
-        if subtract and is_quantised(pair):
-            raise UserError(f"the base of layer {pair.name} is quantised and cannot be shifted: use offset 'none'")
-    refuse_trained(pairs, "locally optimal initialisation")
-    if subtract:
-        for pair in with_shared_base(model, pairs):
-            raise UserError(
-                f"layer {pair.name} shares its base weight with another layer, so it cannot be shifted for one of "
-                "them: leave it out of target_modules, or use offset 'none'"
-            )
-
-
-def _gradient_triplets(
-    pairs: list[LoraPair], probes: Probes, oversampling: int, power_steps: int, generator: torch.Generator
-) -> tuple[list[Svd], list[Tensor]]:
-    """The top singular triplets of every pair's gradient, and an estimate of |G|^2.
-
-    The estimate adds to the energy found the energy outside the range found, seen by a few columns of the first product
-    that took no part in finding the range.
-    """
-    device = pairs[0].b.device
-    generator = generator_on(device, generator)
-    held_out: list[Tensor] = []
-
-    def multiply(omegas: list[Tensor]) -> list[Tensor]:
-        if held_out:
-            return probes.multiply(omegas)
-        wider = []
-        for omega in omegas:
-            extra = torch.randn(len(omega), _HELD_OUT, generator=generator, dtype=omega.dtype, device=device)
-            wider.append(torch.cat([omega, extra], 1))
-        products = probes.multiply(wider)
-        finite = torch.stack([product.abs().amax().to(device) for product in products]).isfinite().tolist()
-        for pair, is_finite in zip(pairs, finite, strict=True):
-            if not is_finite:
-                raise UserError(f"the loss gradient at layer {pair.name} is not finite: look for bad input data")
-        # copies: a view would keep the whole product
-        held_out.extend(product[:, -_HELD_OUT:].to(device, copy=True) for product in products)
-        return [product[:, :-_HELD_OUT] for product in products]
-
-    triplets = randomized_svd(
-        multiply,
-        probes.multiply_transposed,
-        [pair.shape[:2] for pair in pairs],
-        [2 * pair.shape[2] for pair in pairs],
-        oversampling=oversampling,
-        power_steps=power_steps,
-        generator=generator,
-        device=device,
-    )
-
-    def energy(u: Tensor, s: Tensor, product: Tensor) -> tuple[Tensor]:
-        u, product = u.double(), product.double()
-        outside = product - u @ (u.mT @ product)
-        return (s.double().square().sum(-1) + outside.square().sum((-2, -1)) / _HELD_OUT,)
-
-    us, spectra, _ = zip(*triplets, strict=True)
-    return triplets, [total for (total,) in stacked_by_shape(energy, us, spectra, held_out)]

@@ -29,14 +29,16 @@ class Network(nn.Module):
 class Project(pl.LightningModule):
     """Logs on every step, keeps a metric, and has dropout: what an initialisation must not disturb."""
 
-    def __init__(self, r: int = 2, dtype: torch.dtype = torch.float32, make_optimizer: Any = None) -> None:
+    def __init__(
+        self, r: int = 2, dtype: torch.dtype = torch.float32, make_optimizer: Any = None, **fields: Any
+    ) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
         base = Network()
         with torch.no_grad():
             for p in base.parameters():
                 p.copy_(0.5 * torch.randn(p.shape, generator=generator))
-        config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=["first", "last"])
+        config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=["first", "last"], **fields)
         torch.manual_seed(1)
         self.network = get_peft_model(base.to(dtype), config)
         for pair in find_pairs(self.network):
