@@ -48,9 +48,9 @@ def run_plan(
         if name not in plan.methods:
             raise UserError(f"--only names {name!r}, which is none of the methods: {', '.join(plan.methods)}")
     runs = [run for run in plan.runs() if not only or run.method in only]
+    planned = [Job(run, plan.filled(run), output.absolute(), jobs, keep_adapters) for run in runs]
     with _alone_in(output):
-        left = [run for run in runs if not _is_done(read_result(output, run))]
-        todo = [Job(run, plan.filled(run), output.absolute(), jobs, keep_adapters) for run in left]
+        todo = [job for job in planned if not _is_done(read_result(output, job.run))]
         print(
             f"{len(runs)} runs, {len(runs) - len(todo)} of them done; {jobs} at a time on {', '.join(devices)}",
             flush=True,
@@ -82,11 +82,15 @@ def write_outputs(plan: Plan, output: Path) -> list[Result]:
     tables = {task: table(results, task, plan.reference, plan.steps[0]) for task in plan.tasks}
     best = {(row.task, row.method, row.steps, row.rate) for rows in tables.values() for row in rows}
     public = replace(plan, variables={name: _shown(value) for name, value in plan.variables.items()})
+    written = set()
     for run, result in found:
         if result.status == "finished" and (run.task, run.method, run.steps, run.rate) in best:
             content = peft_layout(replace(result, config=public.filled(run)))
             name = content["run_info"]["experiment_name"].replace("/", "--")
+            written.add(output / "method_comparison" / f"{name}.json")
             write_atomically(output / "method_comparison" / f"{name}.json", json.dumps(content, indent=2).encode())
+    for path in set((output / "method_comparison").glob("*.json")) - written:
+        path.unlink()  # of a rate that was the best before others were tried, or of another plan
     write_atomically(output / "table.md", markdown(tables, plan).encode())
     write_atomically(output / "table.csv", as_csv(tables).encode())
     write_atomically(output / "table.json", as_json(tables).encode())
