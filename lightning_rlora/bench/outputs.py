@@ -27,9 +27,9 @@ def cells(row: Row, reference: Row | None) -> Cells:
         reference: The reference's row, for the share of its steps.
     """
     to_reference = "not reached" if reference else ""
-    if row.steps_to_reference is not None and reference is not None and reference.steps_to_reference:
+    if row.steps_to_reference is not None and reference is not None and reference.steps_to_reference is not None:
         to_reference = f"{row.steps_to_reference:.0f}"
-        if row is not reference:
+        if row is not reference and row.steps_to_reference > 0:
             to_reference += f" ({reference.steps_to_reference / row.steps_to_reference:.2f}x)"
     window = row.window
     diverged_everywhere = math.isinf(row.loss)

@@ -9,7 +9,9 @@ import pytest
 from plans import PLAN, finished, make_plan, write_plan
 
 from lightning_rlora.bench.compare import write_outputs
+from lightning_rlora.bench.plots import figures
 from lightning_rlora.bench.results import result_of, write_result
+from lightning_rlora.bench.table import table
 from lightning_rlora.cli import main
 
 LOSSES = {("adamw", 0.01): 2.0, ("adamw", 0.1): 2.5, ("sgd", 1.0): 1.9}
@@ -94,6 +96,40 @@ def test_the_best_runs_are_there_in_pefts_layout(compared):
     assert run["run_info"]["peft_config"]["peft_type"] == "LORA"
     assert [entry["valid loss"] for entry in run["train_info"]["metrics"]] == [3.5, 2.0, 2.0]
     assert [entry.get("train time") for entry in run["train_info"]["metrics"]] == [2.0, 2.0, None]
+
+
+def test_files_of_a_rate_that_is_no_longer_the_best_go(compared):
+    plan = make_plan(compared)
+    for run in plan.runs():
+        if run.seed == 0 and run.method == "adamw":
+            write_result(compared, run, finished(run, 2.1 - run.rate))
+    write_outputs(plan, compared)
+    assert {path.name for path in (compared / "method_comparison").iterdir()} == {
+        "words--adamw-steps4-lr0.1-seed0.json",
+        "words--sgd-steps4-lr1-seed0.json",
+    }
+
+
+def test_a_goal_that_lies_above_the_start_is_reached_at_once(tmp_path):
+    plan = make_plan(tmp_path)
+    for run in plan.runs():
+        write_result(tmp_path, run, finished(run, 6.0 if run.method == "adamw" else 2.0))  # from 5 at the start
+    write_outputs(plan, tmp_path)
+    for line in (tmp_path / "table.md").read_text().splitlines()[4:6]:
+        assert line.split(" | ")[6:8] == ["0", "0"]
+
+
+def test_a_single_rate_and_every_seed_stand_within_their_panel(tmp_path, recwarn):
+    plan = make_plan(tmp_path)
+    results = [finished(run, LOSSES[run.method, run.rate] - run.seed) for run in plan.runs()]
+    rows = table(results, "words", plan.reference, 4)
+    assert [len(row.by_rate) for row in rows] == [1, 2]
+    for row, axes in zip(rows, figures(rows, results, plan)["rates"].axes, strict=True):
+        low, high = axes.get_xlim()
+        assert low < min(row.by_rate) <= max(row.by_rate) < high < 4 * max(row.by_rate)
+        assert axes.get_ylim()[0] < 0.9  # the second seed of sgd
+        assert axes.get_title(loc="left").splitlines() == [row.method, f"{row.loss:.4f} at {row.rate:g}"]
+    assert not [warning for warning in recwarn if "identical low and high" in str(warning.message)]
 
 
 def test_there_is_a_report_before_the_first_run_and_after_nothing_but_divergence(tmp_path, capsys):
