@@ -56,9 +56,16 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     return groups
 
 
+def check_betas(betas: Any, optimizer: str) -> None:
+    """Refuse decays of AdamW's moments that no step can take, with a UserError."""
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise UserError(f"betas = {betas} of {optimizer} must be two numbers, at least 0 and below 1")
+
+
 def check_options(options: dict[str, Any], optimizer: str) -> None:
     """Refuse options of a group that no step can take, with a UserError."""
-    for name in ("lr", "weight_decay", "momentum"):
+    check_betas(options["betas"], optimizer)
+    for name in ("lr", "weight_decay", "momentum", "eps"):
         if not options[name] >= 0:
             raise UserError(f"{name} = {options[name]} of {optimizer} must not be negative")
     if not options["min_singular_value"] > 0:

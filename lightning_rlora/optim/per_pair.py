@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_rlora.errors import UserError
 from lightning_rlora.optim.adamw import adamw_step
-from lightning_rlora.optim.groups import check_pair, parameter_groups
+from lightning_rlora.optim.groups import check_betas, check_pair, parameter_groups
 
 
 class Side(NamedTuple):
@@ -192,9 +192,9 @@ def check_options(options: dict[str, Any], optimizer: str) -> None:
     for name in ("lr", "weight_decay", "eps"):
         if not options[name] >= 0:
             raise UserError(f"{name} = {options[name]} of {optimizer} must not be negative")
-    shares = {"betas": options["betas"]} | {n: (options[n],) for n in ("momentum", "curvature_beta") if n in options}
-    for name, values in shares.items():
-        if not all(0 <= value < 1 for value in values):
+    check_betas(options["betas"], optimizer)
+    for name in ("momentum", "curvature_beta"):
+        if name in options and not 0 <= options[name] < 1:
             raise UserError(f"{name} = {options[name]} of {optimizer} must be at least 0 and below 1")
     if not options["lr"] * options["weight_decay"] < 1:
         raise UserError(
