@@ -115,6 +115,8 @@ def _compare(args: argparse.Namespace) -> None:
             raise UserError(f"--set {setting}: give NAME=VALUE")
     if args.jobs < 1:
         raise UserError(f"--jobs {args.jobs}: at least one run must go on at a time")
+    if args.limit_minutes is not None and not args.limit_minutes > 0:
+        raise UserError(f"--limit-minutes {args.limit_minutes}: give a time above zero")
     plan = read_plan(args.plan, dict(setting.split("=", 1) for setting in args.settings))
     if not args.report_only:
         run_plan(

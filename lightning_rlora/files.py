@@ -5,8 +5,15 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file as a whole: whoever reads it sees the old content or the new, never a part."""
+    """Replace a file as a whole: whoever reads it sees the old content or the new, never a part.
+
+    If there is no room for the new content, nothing of it stays.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_bytes(content)
-    partial.replace(path)
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise

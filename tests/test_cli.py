@@ -57,6 +57,19 @@ def fails(arguments, capsys, *words):
 
 
 BAD_INPUT = {
+    "an option that torch refuses": (
+        ["--model.optimizer", "torch.optim.AdamW", "--model.optimizer.lr=-1"],
+        ["optimizer refuses", "learning rate: -1"],
+    ),
+    "an optimizer that LoRA+ has no rates for": (
+        ["--model.optimizer", "torch.optim.LBFGS", "--model.lr_ratio", "4"],
+        ["optimizer refuses", "LBFGS"],
+    ),
+    "a schedule that torch refuses": (
+        ["--model.lr_scheduler", "torch.optim.lr_scheduler.OneCycleLR", "--model.lr_scheduler.max_lr", "0.1"],
+        ["scheduler refuses", "total_steps"],
+    ),
+    "no tokens to write": (["--model.max_new_tokens", "0"], ["max_new_tokens is 0"]),
     "missing file": (["--data.train", "nowhere.jsonl"], ["nowhere.jsonl"]),
     "wrong field": (["--data.text", "body"], ["body", "text"]),
     "field of another type": (["--data.text", "n"], ["n"]),

@@ -10,6 +10,7 @@ import yaml
 from peft import PeftModel
 
 import lightning_rlora.trainer_cli  # noqa: F401  - its loggers must not take hold of one test's captured stream
+from lightning_rlora.adapters import adapter_config
 from lightning_rlora.callbacks import run_record, spectrum_monitor
 from lightning_rlora.cli import main
 from lightning_rlora.modules.base_model import load_base
@@ -92,6 +93,14 @@ def test_another_optimizer_takes_no_options_of_the_one_before(tmp_path, capsys):
         options = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["optimizer"]["init_args"]
         # the quickstart has a rate of 0.1 and a momentum of 0.6
         assert (options["lr"], options["weight_decay"], options["momentum"]) == (lr, 0.1, 0.9)
+
+
+@pytest.mark.parametrize("path", METHODS, ids=lambda path: path.stem)
+def test_its_adapter_has_a_place_on_every_configuration(path):
+    for config in CONFIGS.glob("*.yaml"):
+        below, above = (yaml.safe_load(file.read_text())["model"]["init_args"] for file in (config, path))
+        fields = below["adapter"] | above.get("adapter", {})
+        adapter_config({name: value for name, value in fields.items() if value is not None})
 
 
 @pytest.mark.parametrize("path", METHODS, ids=lambda path: path.stem)

@@ -50,10 +50,10 @@ def run_plan(
         if name not in plan.methods:
             raise UserError(f"--only names {name!r}, which is none of the methods: {', '.join(plan.methods)}")
     runs = [run for run in plan.runs() if not only or run.method in only]
+    planned = [Job(run, plan.filled(run), output.absolute(), jobs, keep_adapters) for run in runs]
     with _alone_in(output):
         done = {run.folder for run, result in _results(plan, output) if result.status != "failed"}
-        left = [run for run in runs if run.folder not in done]
-        todo = [Job(run, plan.filled(run), output.absolute(), jobs, keep_adapters) for run in left]
+        todo = [job for job in planned if job.run.folder not in done]
         print(
             f"{len(runs)} runs, {len(runs) - len(todo)} of them done; {jobs} at a time on {', '.join(devices)}",
             flush=True,

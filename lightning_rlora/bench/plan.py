@@ -128,11 +128,12 @@ class Plan:
         return Run(task, method.name, rate, seed, steps, config, used)
 
     def _config(self, task: str, method: Method, rate: float, seed: int, steps: int) -> Config:
+        where = f"task {task!r}, method {method.name!r}"
         config = merge({}, merge(merge(self.common, self.tasks[task]), method.config))
-        trainer = as_config(config.get("trainer"), f"method {method.name!r}: trainer")
+        trainer, model = (as_config(config.get(part), f"{where}: {part}") for part in ("trainer", "model"))
         trainer.pop("default_root_dir", None)  # of an overlay that also serves `rlora fit`
-        accumulate = trainer.get("accumulate_grad_batches", 1)
-        accumulate = _whole(accumulate, f"method {method.name!r}: trainer.accumulate_grad_batches")
+        accumulate = _whole(trainer.get("accumulate_grad_batches", 1), f"{where}: trainer.accumulate_grad_batches")
+        as_config(model.get("init_args"), f"{where}: model.init_args")
         schedule = {
             "max_steps": steps,
             "max_epochs": -1,
@@ -163,6 +164,8 @@ def read_plan(path: Path, settings: Mapping[str, str] | None = None) -> Plan:
         if name not in variables:
             known = ", ".join(variables) or "none"
             raise UserError(f"{path} has no variable {name!r} to set; its variables: {known}")
+    if "seed" in variables:
+        raise UserError(f"{path}: variables: ${{seed}} is the run's seed; give the variable another name")
     steps = _steps(content["steps"], f"{path}: steps")
     methods = {
         name: _method(name, entry, steps, path)

@@ -132,8 +132,9 @@ def rates(rows: Sequence[Row], groups: Groups, styles: Styles, plan: Plan) -> Fi
     """One panel a method: final loss against the learning rate, with the diverged runs at the top."""
     columns = min(4, len(rows))
     lines = math.ceil(len(rows) / columns)
-    figure = Figure(figsize=(3.1 * columns + 0.6, 2.5 * lines + 0.7), layout="constrained")
+    figure = Figure(figsize=(3.1 * columns + 0.6, 2.7 * lines + 0.7), layout="constrained")
     panels = figure.subplots(lines, columns, sharey=True, squeeze=False)
+    lowest = min(result.loss for row in rows for result in groups[_key(row)])  # of single seeds
     worst_best = max(row.loss for row in rows)
     finite = [loss for row in rows for loss in row.by_rate.values() if math.isfinite(loss)]
     best = min(finite)  # of a rate with fewer seeds, perhaps
@@ -155,14 +156,18 @@ def rates(rows: Sequence[Row], groups: Groups, styles: Styles, plan: Plan) -> Fi
         axes.plot(out, [top + 0.07 * span] * len(out), "x", color=colour, markersize=7, markeredgewidth=2)
         above = [rate for rate, loss in row.by_rate.items() if top + 0.04 * span < loss < math.inf]
         axes.plot(above, [top + 0.07 * span] * len(above), "^", color=colour, markersize=6)
+        low, high = min(row.by_rate), max(row.by_rate)
+        margin = (high / low) ** 0.05 if high > low else 2.0  # a single rate stands in the middle
+        axes.set_xlim(low / margin, high * margin)
         axes.set_xscale("log")
-        axes.set_ylim(best - 0.08 * span, top + 0.14 * span)
+        axes.set_ylim(lowest - 0.08 * span, top + 0.14 * span)
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xticks(_some(list(row.by_rate)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.tick_params(axis="x", labelsize=8)
-        axes.set_title(f"{_label(row, plan)}: {row.loss:.4f} at {row.rate:g}", fontsize=9.5, color=colour, loc="left")
+        title = f"{_label(row, plan)}\n{row.loss:.4f} at {row.rate:g}"
+        axes.set_title(title, fontsize=9.5, color=colour, loc="left")
         _tidy(axes, grid="y")
     for axes in panels.flat[len(rows) :]:
         axes.set_visible(False)

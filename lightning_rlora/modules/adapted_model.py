@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
@@ -27,6 +27,8 @@ from lightning_rlora.errors import UserError
 from lightning_rlora.modules.compilation import compile_in_place
 from lightning_rlora.modules.finite_loss import FiniteLoss
 from lightning_rlora.optim import FixedRankOptimizer, LinearWithWarmup, Riemannion, lora_plus, parameter_groups
+
+Made = TypeVar("Made")
 
 
 class AdaptedModel(LightningModule, ABC):
@@ -137,7 +139,7 @@ class AdaptedModel(LightningModule, ABC):
 
     def configure_optimizers(self) -> Any:
         """The optimizer of the adapter and all else that trains, and its schedule over the run."""
-        make = self._optimizer_factory or Riemannion
+        make = _with_refusals(self._optimizer_factory or Riemannion, "optimizer")
         if self.lr_ratio is None:
             optimizer = make(parameter_groups(self.model))
         else:
@@ -147,7 +149,7 @@ class AdaptedModel(LightningModule, ABC):
                 group["min_singular_value"] = max(group["min_singular_value"], 1e-6)
         if self._scheduler_factory is None:
             return optimizer
-        scheduler = self._scheduler_factory(optimizer)
+        scheduler = _with_refusals(self._scheduler_factory, "learning-rate scheduler")(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:
@@ -202,6 +204,20 @@ class AdaptedModel(LightningModule, ABC):
             raise UserError("the checkpoint's adapter has another scaling: give the lora_alpha it was trained with")
         self._optimizers_resumed = checkpoint.get("optimizer_names")
         self._rng_to_restore = checkpoint.get("rng")
+
+
+def _with_refusals(make: Callable[[Any], Made], what: str) -> Callable[[Any], Made]:
+    """A factory whose ValueErrors, by which torch refuses options, are wrong input and no bug."""
+
+    def made(argument: Any) -> Made:
+        try:
+            return make(argument)
+        except UserError:
+            raise
+        except ValueError as error:
+            raise UserError(f"the {what} refuses its options: {error}") from error
+
+    return made
 
 
 def _save_rng() -> dict[str, Any]:

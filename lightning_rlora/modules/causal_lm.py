@@ -14,6 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.text import Perplexity
 
 from lightning_rlora.adapters import PeftConfig, config_fields
+from lightning_rlora.errors import UserError
 from lightning_rlora.modules.adapted_model import AdaptedModel
 from lightning_rlora.modules.answers import gathered, judged
 from lightning_rlora.modules.base_model import load_base, load_tokenizer
@@ -54,7 +55,7 @@ class CausalLM(AdaptedModel):
         trust_remote_code: Run code that the base's repository brings along.
 
     Raises:
-        UserError: If the base cannot be loaded or the adapter does not fit it.
+        UserError: If the base cannot be loaded, the adapter does not fit it, or no tokens are to be generated.
     """
 
     def __init__(
@@ -74,6 +75,8 @@ class CausalLM(AdaptedModel):
     ) -> None:
         if isinstance(adapter, PeftConfig):
             adapter = config_fields(adapter)
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {max_new_tokens}: it must be at least 1")
         tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
         model = load_base(base, dtype=dtype, quantization=quantization, trust_remote_code=trust_remote_code)
         super().__init__(

@@ -133,6 +133,8 @@ class SequenceClassification(AdaptedModel):
     def loss(self, batch: dict[str, Any], output: Any) -> Tensor:
         """The mean cross-entropy in nats, or the mean squared error of a regression."""
         logits, labels = output.logits.float(), batch["labels"]
+        if labels.ndim != 1:
+            raise UserError("the data label tokens and not texts: a classifier learns from ClassificationData")
         return F.cross_entropy(logits, labels) if self.class_names else F.mse_loss(logits[:, 0], labels.float())
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:

@@ -120,6 +120,8 @@ def check_options(options: dict[str, Any], optimizer: str) -> None:
         value = options.get(name)
         if value is not None and not all(map(is_allowed, value if isinstance(value, tuple | list) else (value,))):
             raise UserError(f"{name} = {value} of {optimizer} {rule}")
+    if len(options["betas"]) != 2:
+        raise UserError(f"betas = {options['betas']} of {optimizer} must be two numbers")
 
 
 def check_pair(a: Tensor, b: Tensor, scaling: float, optimizer: str) -> None:

@@ -136,6 +136,7 @@ WRONG = {
     "a last step without validation": ({"steps": 5}, ["5 steps", "validate_every"]),
     "an unknown reference": ({"reference": "adam"}, ["'adam'", "adamw"]),
     "a missing overlay": ({"methods": {"adamw": {"rates": [1], "overlay": "nowhere.yaml"}}}, ["nowhere.yaml"]),
+    "a variable for the seed": ({"variables": {"seed": 1}}, ["seed", "another name"]),
     "a name that is no folder": ({"tasks": {"a/b": {}}}, ["a/b"]),
     "a list for a task": ({"tasks": {"words": [1]}}, ["words", "[1]"]),
 }
@@ -149,6 +150,34 @@ def test_a_wrong_plan_is_refused_in_one_line(case, tmp_path):
     for word in words:
         assert word in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_name_that_stands_twice_is_refused_and_a_date_is_a_text(tmp_path):
+    path = write_plan(tmp_path, variables={"data": "x"}, common={"trainer": {"note": "2026-01-01"}})
+    path.write_text(path.read_text().replace("'2026-01-01'", "2026-01-01"))
+    assert read_plan(path).common["trainer"]["note"] == "2026-01-01"
+    path.write_text(path.read_text() + "  adamw: {rates: [0.5]}\n")
+    with pytest.raises(UserError, match="'adamw' stands there twice"):
+        read_plan(path)
+
+
+@pytest.mark.parametrize(
+    "common",
+    [
+        {"trainer": "fast"},
+        {"model": [1]},
+        {"model": {"init_args": [1]}},
+        *({"trainer": {"accumulate_grad_batches": n}} for n in (0, None, "2x")),
+    ],
+    ids=str,
+)
+def test_parts_of_the_wrong_kind_are_refused_with_their_place(common, tmp_path):
+    methods = {"adamw": {"rates": [0.1], "overlay": {}}}  # lays nothing over what is wrong
+    plan = make_plan(tmp_path, common=common, methods=methods)
+    ((part, below),) = common.items()
+    words = [part, *(below if isinstance(below, dict) else [])]
+    with pytest.raises(UserError, match="task 'words', method 'adamw': " + ".".join(words)):
+        plan.runs()
 
 
 def test_wrong_variables_and_missing_optimizers_are_refused(tmp_path):

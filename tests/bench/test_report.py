@@ -117,6 +117,28 @@ def test_pictures_do_not_call_the_loss_of_classes_one_of_tokens(compared):
     assert "(per token, of language models)" in page
 
 
+def test_a_goal_that_lies_above_the_start_is_reached_at_once(tmp_path):
+    plan = make_plan(tmp_path)
+    for run in plan.runs():
+        write_result(tmp_path, run, finished(run, 6.0 if run.method == "adamw" else 2.0))  # from 5 at the start
+    write_outputs(plan, tmp_path)
+    for line in (tmp_path / "table.md").read_text().splitlines()[4:6]:
+        assert line.split(" | ")[6:8] == ["0", "0"]
+
+
+def test_a_single_rate_and_every_seed_stand_within_their_panel(tmp_path, recwarn):
+    plan = make_plan(tmp_path)
+    results = [finished(run, LOSSES[run.method, run.rate] - run.seed) for run in plan.runs()]
+    rows = table(results, "words", plan)
+    assert [len(row.by_rate) for row in rows] == [1, 2]
+    for row, axes in zip(rows, figures(rows, results, plan)["rates"].axes, strict=True):
+        low, high = axes.get_xlim()
+        assert low < min(row.by_rate) <= max(row.by_rate) < high < 4 * max(row.by_rate)
+        assert axes.get_ylim()[0] < 0.9  # the second seed of sgd
+        assert axes.get_title(loc="left").splitlines() == [row.method, f"{row.loss:.4f} at {row.rate:g}"]
+    assert not [warning for warning in recwarn if "identical low and high" in str(warning.message)]
+
+
 def test_there_is_a_report_before_the_first_run_and_after_nothing_but_divergence(tmp_path, capsys):
     path = write_plan(tmp_path)
     output = tmp_path / "out"

@@ -441,6 +441,14 @@ def test_wrong_arguments(case, bases):
         SequenceClassification(bases["gpt2"], **arguments)
 
 
+def test_labels_of_tokens_are_refused(bases):
+    module = SequenceClassification(bases["gpt2"], num_labels=2, adapter=ADAPTER)
+    batch = batch_of(module.tokenizer, TEXTS)
+    batch["labels"] = batch["input_ids"]  # as TextData makes them
+    with pytest.raises(UserError, match="ClassificationData"):
+        module.loss(batch, module(batch))
+
+
 def test_an_adapter_without_a_head_is_refused(bases, tmp_path):
     export_adapter(CausalLM(bases["gpt2"], adapter=ADAPTER).model, tmp_path / "adapter")
     config = tmp_path / "adapter" / "adapter_config.json"

@@ -145,6 +145,12 @@ WRONG = {
     "group's momentum": (lambda: [{"params": pair(), "momentum": 1.0}], {}, "momentum = 1.0"),
     "negative momentum": (pair, {"momentum": -0.1}, "momentum = -0.1"),
     "weight decay": (pair, {"weight_decay": -0.1}, "weight_decay = -0.1"),
+    "AdamW's decays": (
+        lambda: [{"params": pair(), "betas": (1.0, 0.999), "algorithm": "adamw"}],
+        {},
+        r"betas = \(1.0,",
+    ),
+    "one decay": (lambda: [{"params": pair(), "betas": (0.9,)}], {}, "two numbers"),
     "floor": (pair, {"min_singular_value": -1.0}, "min_singular_value = -1.0"),
     "clipping": (pair, {"max_tangent_norm": 0.0}, "max_tangent_norm = 0.0 must be positive"),
 }
