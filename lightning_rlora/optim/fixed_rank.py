@@ -17,7 +17,7 @@ from lightning_rlora.errors import Diverged, UserError
 from lightning_rlora.optim.adamw import adamw_step
 from lightning_rlora.optim.anchors import sketch_rows
 from lightning_rlora.optim.batched import Batch, batches
-from lightning_rlora.optim.groups import PairInGroup, check_full_rank, pairs_of_new_group, parameter_groups
+from lightning_rlora.optim.groups import PairInGroup, check_full_rank, groups_with_pairs, pairs_of_new_group
 
 if TYPE_CHECKING:
     from lightning_rlora.optim.cuda.graphed import GraphedStep
@@ -81,9 +81,9 @@ class FixedRankOptimizer(Optimizer):
             options: The constructor's options (lr, momentum, weight_decay, max_tangent_norm, ...).
 
         Raises:
-            UserError: If nothing in the model is trainable.
+            UserError: If the model has no LoRA pairs to train.
         """
-        return cls(parameter_groups(model), **options)
+        return cls(groups_with_pairs(model), **options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; zero factors in it get a tiny start on the manifold, which keeps the function to rounding."""

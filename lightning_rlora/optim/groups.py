@@ -74,6 +74,18 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     return groups
 
 
+def groups_with_pairs(model: nn.Module) -> list[dict[str, Any]]:
+    """`parameter_groups` of a model that is there to train LoRA pairs.
+
+    Raises:
+        UserError: If it has none: all of it would be left to AdamW without a word.
+    """
+    groups = parameter_groups(model)
+    if all(group.get("algorithm") == "adamw" for group in groups):
+        raise UserError("the model has no LoRA pairs to train: adapt it first (peft.get_peft_model), or take AdamW")
+    return groups
+
+
 def pairs_of_new_group(
     group: dict[str, Any], optimizer: Optimizer, algorithms: Collection[str], adamw_lr: float
 ) -> list[tuple[Tensor, Tensor]]:

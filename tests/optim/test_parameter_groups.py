@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_rlora.adapters import find_pairs
 from lightning_rlora.errors import UserError
-from lightning_rlora.optim import RiemannianSGD, Riemannion, parameter_groups
+from lightning_rlora.optim import LoRAMuon, RiemannianSGD, Riemannion, parameter_groups
 
 
 def test_pairs_come_by_scaling_and_the_rest_goes_to_adamw():
@@ -205,3 +205,9 @@ def test_layers_forward_trains():
         losses.append(loss.item())
     print(f"\nloss {losses[0]:.3f} -> {losses[-1]:.3f}")
     assert losses[-1] < 0.6 * losses[0]  # measured 0.54
+
+
+@pytest.mark.parametrize("optimizer", [Riemannion, LoRAMuon])
+def test_a_model_that_nobody_adapted_is_refused(optimizer):
+    with pytest.raises(UserError, match="no LoRA pairs to train: adapt it first"):
+        optimizer.for_model(torch.nn.Linear(3, 4))

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_rlora.errors import Diverged, UserError
 from lightning_rlora.optim.adamw import adamw_step
-from lightning_rlora.optim.groups import check_full_rank, pairs_of_new_group, parameter_groups
+from lightning_rlora.optim.groups import check_full_rank, groups_with_pairs, pairs_of_new_group
 
 LARGEST_STACK = 2**23
 """Entries of the largest stack of factors that step together, 64 MB in float64: a step has some ten such stacks alive,
@@ -77,9 +77,9 @@ class PerPairOptimizer(Optimizer):
             options: The constructor's options (lr, weight_decay, ...).
 
         Raises:
-            UserError: If nothing in the model is trainable.
+            UserError: If the model has no LoRA pairs to train.
         """
-        return cls(parameter_groups(model), **options)
+        return cls(groups_with_pairs(model), **options)
 
     def start(self, factor: Tensor) -> dict[str, Tensor]:
         """The state of a tall factor (k, r) before its first step; what has two dimensions is laid out like it.
