@@ -95,7 +95,7 @@ def write_outputs(plan: Plan, output: Path) -> list[Result]:
             written.add(path)
     for path in set((output / "method_comparison").glob("*.json")) - written:
         path.unlink()  # of a rate that was the best one before
-    write_atomically(output / "table.md", markdown(tables, plan).encode())
+    write_atomically(output / "table.md", markdown(tables, results, plan).encode())
     write_atomically(output / "table.csv", as_csv(tables).encode())
     write_atomically(output / "table.json", as_json(tables).encode())
     write_report(output, plan, results, tables, len(plan.runs()))

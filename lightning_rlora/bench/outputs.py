@@ -7,6 +7,7 @@ import io
 import json
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict
 from itertools import pairwise
@@ -64,8 +65,9 @@ def reference_row(rows: Iterable[Row], plan: Plan) -> Row | None:
     return found[0] if found and math.isfinite(found[0].loss) else None
 
 
-def markdown(tables: dict[str, list[Row]], plan: Plan) -> str:
-    """All tables, ready for a README."""
+def markdown(tables: dict[str, list[Row]], results: Iterable[Result], plan: Plan) -> str:
+    """All tables, ready for a README, with the failed runs named below each."""
+    failed = Counter((result.task, result.method) for result in results if result.status == "failed")
     parts = []
     for task, rows in tables.items():
         parts.append(f"### {task}\n")
@@ -76,6 +78,9 @@ def markdown(tables: dict[str, list[Row]], plan: Plan) -> str:
             parts.append("| " + " | ".join("---" for _ in lines[0]) + " |")
             parts += ["| " + " | ".join(line.values()) + " |" for line in lines]
         parts.append("")
+        left_out = [f"{method} ({count} run{'s' * (count > 1)})" for (of, method), count in failed.items() if of == task]
+        if left_out:
+            parts.append(f"Failed, to be tried again at the next start: {', '.join(left_out)}.\n")
     return "\n".join([*parts, explanation(plan), ""])
 
 

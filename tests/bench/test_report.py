@@ -55,6 +55,10 @@ def test_the_same_results_make_the_same_files(compared):
     assert [(compared / name).read_bytes() for name in names] == before
 
 
+def test_failed_runs_are_named_below_the_table(compared):
+    assert "\nFailed, to be tried again at the next start: sgd (1 run).\n" in (compared / "table.md").read_text()
+
+
 def test_the_tables_hold_the_numbers(compared):
     lines = (compared / "table.md").read_text().splitlines()
     assert lines[4].startswith("| sgd | 4 | 1 (edge) | 1.9000 (n=1) | 100.00% | ≥ x1 | 4 (1.03x) |")
