@@ -64,6 +64,10 @@ def check_options(options: dict[str, Any], optimizer: str) -> None:
     if not options["min_singular_value"] > 0:
         value = options["min_singular_value"]
         raise UserError(f"min_singular_value = {value} of {optimizer} must be positive: points have full rank")
+    if not 0 <= options.get("curvature_decay", 0) < 1:
+        raise UserError(f"curvature_decay = {options['curvature_decay']} of {optimizer} must be from 0 to below 1")
+    if not options.get("curvature_floor", 1) > 0:
+        raise UserError(f"curvature_floor = {options['curvature_floor']} of {optimizer} must be positive")
     if options["momentum"] >= 1:
         raise UserError(f"momentum = {options['momentum']} of {optimizer} must be below 1")
 

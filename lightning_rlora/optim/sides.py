@@ -112,21 +112,29 @@ def gradient_velocity(sides: Sides, at: Bases, weight: Tensor) -> Velocity:
         at: What `bases` returned for them.
         weight: The weight divided by PEFT's c, (L, 1, 1) in float64.
     """
-    return _velocity(_gradient_part(sides, at, weight), at)
+    return _velocity(gradient_products(sides, at, weight), at)
 
 
-def new_velocity(sides: Sides, at: Bases, weight: Tensor, momentum: Tensor, turns: Tensor | None = None) -> Velocity:
-    """The new momentum, P_X(G) times a weight and M times `momentum`.
+def gradient_products(sides: Sides, at: Bases, weight: Tensor) -> list[Tensor]:
+    """G V and G^T U times a weight, stacks as in `Sides`; `weight` as for `gradient_velocity`."""
+    # G V = (c G A^T) R_A^-1 / c, and likewise G^T U
+    return _products(sides.gradients, torch.cat([weight, weight]) * _swapped(at.inverse))
+
+
+def new_velocity(
+    gradient: list[Tensor], sides: Sides, at: Bases, momentum: Tensor, turns: Tensor | None = None
+) -> Velocity:
+    """The new momentum, P_X(G) plus M times `momentum`.
 
     Args:
+        gradient: `gradient_products` of what to add, changed in place.
         sides: The tall matrices.
         at: What `bases` returned for them.
-        weight: The gradient's weight divided by PEFT's c, (L, 1, 1) in float64.
-        momentum: Share of the old momentum that is kept, likewise.
-        turns: If the factors were re-factored from outside since M was stored: (2L, r, r), the old bases in the new
-            ones, U^T U_old and V^T V_old. Rotations keep M; zeros forget it.
+        momentum: Share of the old momentum that is kept, (L, 1, 1) in float64.
+        turns: If M is stored in other bases than the present ones: (2L, r, r), U^T U_old and V^T V_old for bases that
+            were re-factored from outside. Rotations keep M; zeros forget it.
     """
-    tall = _gradient_part(sides, at, weight)
+    tall = gradient
     kept = torch.cat([momentum, momentum])
     if turns is None:
         shares = kept.to(tall[0].dtype).split([len(stack) for stack in tall])
@@ -135,11 +143,6 @@ def new_velocity(sides: Sides, at: Bases, weight: Tensor, momentum: Tensor, turn
     else:
         tall = _products(sides.momenta, kept * _swapped(turns).mT, tall)  # M_B is a set of coefficients on U, M_A on V
     return _velocity(tall, at)
-
-
-def _gradient_part(sides: Sides, at: Bases, weight: Tensor) -> list[Tensor]:
-    # the tangent factors are (1 - U U^T) G V and G^T U, with G V = (c G A^T) R_A^-1 / c and likewise G^T U
-    return _products(sides.gradients, torch.cat([weight, weight]) * _swapped(at.inverse))
 
 
 def _velocity(tall: list[Tensor], at: Bases) -> Velocity:

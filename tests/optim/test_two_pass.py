@@ -25,7 +25,7 @@ from lightning_rlora.geometry import (
 )
 from lightning_rlora.geometry.gram import polar_factor, polar_factor_by_eigh
 from lightning_rlora.optim.reference import reference_step
-from lightning_rlora.optim.sides import Sides, advance, bases, gradient_velocity, new_velocity
+from lightning_rlora.optim.sides import Sides, advance, bases, gradient_products, gradient_velocity, new_velocity
 from lightning_rlora.optim.two_pass import eigh_triplets, orthogonal_direction, svd_triplets
 
 SHAPES = [  # (m, n, r)
@@ -118,7 +118,7 @@ def two_pass(state: State, g: Tensor, *, muon: bool, momentum: float, weight_dec
     factors, momenta, _ = advance(
         tall,
         at,
-        new_velocity(tall, at, weight, number(momentum)),
+        new_velocity(gradient_products(tall, at, weight), tall, at, number(momentum)),
         scaling=SCALING,
         direction=orthogonal_direction(RANK_TOLERANCE[dtype], POLAR[dtype]) if muon else lambda core: core,
         lr=LR,
@@ -318,7 +318,7 @@ def test_shapes_that_step_together_step_as_if_alone(dtype):
     factors, momenta, _ = advance(
         both,
         at,
-        new_velocity(both, at, one / SCALING, 0.9 * one),
+        new_velocity(gradient_products(both, at, one / SCALING), both, at, 0.9 * one),
         scaling=SCALING,
         direction=orthogonal_direction(RANK_TOLERANCE[dtype], POLAR[dtype]),
         lr=LR,
