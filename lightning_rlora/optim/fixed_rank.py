@@ -129,6 +129,11 @@ class FixedRankOptimizer(Optimizer):
         if any("algorithm" not in group for group in state_dict["param_groups"]):
             raise UserError(f"this is the state of another optimizer than {type(self).__name__}")
         for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=False):
+            if saved["algorithm"] != group["algorithm"]:
+                raise UserError(
+                    f"this is the state of another optimizer than {type(self).__name__}: a group's algorithm is "
+                    f"{saved['algorithm']} there and {group['algorithm']} here"
+                )
             for index, parameter in zip(saved["params"], group["params"], strict=False):
                 entry = state_dict["state"].get(index, {})
                 if entry.get("momentum", parameter).shape != parameter.shape:

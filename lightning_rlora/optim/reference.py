@@ -1,4 +1,4 @@
-"""The step of Riemannion and RiemannianSGD as the papers write it, the oracle of the two-pass step, and the whitened one.
+"""The step of Riemannion and RiemannianSGD as the papers write it, and the whitened one: oracles of the fast steps.
 
 One matrix or a batch of one shape, by QRs and SVDs, one line an operation. Slow, and meant to be read.
 """
@@ -18,7 +18,7 @@ from lightning_rlora.geometry import (
     tangent_to_dense,
     transport,
 )
-from lightning_rlora.optim.whitening import row_weights, with_rows
+from lightning_rlora.optim.whitening import row_squares, row_weights, with_rows
 
 
 def reference_step(
@@ -69,10 +69,11 @@ def whitened_reference_step(
     gradient: Tensor,
     rank: int,
     *,
+    lr: float,
+    momentum: float = 0.8,
+    weight_decay: float = 0.0,
     decay: float = 0.98,
     floor: float = 1e-3,
-    momentum: float = 0.9,
-    **options: float,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     """One step of `WhitenedRiemannion` on m x n matrices: `reference_step` in the frame of `whitening`.
 
@@ -82,10 +83,11 @@ def whitened_reference_step(
         curvatures: Root mean squares (m,) and (n,) of the gradient's rows and columns, zeros at first.
         gradient: The loss gradient G, (m, n).
         rank: The rank r of X.
+        lr: Length of the step.
+        momentum: Share of the old momentum that is kept.
+        weight_decay: Rate at which X shrinks towards zero, times lr.
         decay: Share of the curvatures' squares that is kept.
         floor: Added to the squares, as a share of their mean.
-        momentum: Share of the old momentum that is kept.
-        options: `lr` and `weight_decay`.
 
     Returns:
         The new X, M and curvatures.
@@ -96,8 +98,8 @@ def whitened_reference_step(
     g, m = gradient / (left * right), momentum_matrix / (left * right)
     g_v, g_u = g @ point.v, g.mT @ point.u
     velocity = project(point, m @ point.v, m.mT @ point.u)
-    point, velocity = reference_step(point, velocity, g_v, g_u, momentum=momentum, **options)
-    rows, columns = (left * g_v).norm(dim=1), (right.unsqueeze(1) * g_u).norm(dim=1)
+    point, velocity = reference_step(point, velocity, g_v, g_u, lr=lr, momentum=momentum, weight_decay=weight_decay)
+    rows, columns = row_squares([left * g_v, right.unsqueeze(1) * g_u])
     return (
         point_to_dense(point) / (left * right),
         tangent_to_dense(point, velocity) * (left * right),

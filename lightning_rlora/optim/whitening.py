@@ -24,6 +24,8 @@ d_j^2 likewise of G^T C^(-1/2) U~. Row norms are the same for every orthonormal 
 on how X is factored. A step is made in one frame, and one Gram matrix a side serves it and its curvatures.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -39,23 +41,32 @@ def row_weights(curvature: Tensor, floor: float) -> Tensor:
         floor: Added to the squares, as a share of their mean.
 
     Returns:
-        The weights in float64, with mean 1; ones where all rows are zero.
+        The weights, with mean 1; ones where all rows are zero.
     """
-    squares = curvature.double().square()
-    mean = squares.mean(-1, keepdim=True)
-    weights = torch.where(mean > 0, squares + floor * mean, 1).pow(0.25)
+    tiny = torch.finfo(curvature.dtype).tiny
+    squares = (curvature / curvature.amax(-1, keepdim=True).clamp_min(tiny)).square()
+    weights = (squares / squares.mean(-1, keepdim=True).clamp_min(tiny) + floor).sqrt().sqrt()
     return weights / weights.mean(-1, keepdim=True)
 
 
-def with_rows(curvature: Tensor, sizes: Tensor, decay: float) -> Tensor:
+def row_squares(stacks: Sequence[Tensor]) -> list[Tensor]:
+    """Squared norms of rows of each tall matrix, (..., rows, r) -> (..., rows), in float64."""
+    found = [tall.square().sum(-1).double() for tall in stacks]
+    means = torch.cat([squares.mean(-1, keepdim=True).flatten() for squares in found])
+    if not bool(((means > 1e-20) & (means < 1e30)).all()):  # perhaps squares that float32 does not hold
+        return [tall.double().square().sum(-1) for tall in stacks]
+    return found
+
+
+def with_rows(curvature: Tensor, squares: Tensor, decay: float) -> Tensor:
     """The curvature with one more gradient in its means.
 
     Args:
         curvature: Root mean squares so far, (..., rows).
-        sizes: Norms of the gradient's rows, of the same shape, in float64.
+        squares: Squared norms of the gradient's rows, of the same shape, in float64.
         decay: Share of the old means that is kept.
 
     Returns:
         The new root mean squares, in float64: roots, since squares of small gradients vanish in float32.
     """
-    return torch.lerp(sizes.square(), curvature.double().square(), decay).sqrt()
+    return torch.lerp(squares, curvature.double().square(), decay).sqrt()
