@@ -16,6 +16,9 @@ class WhitenedBatch(Batch):
 
     The state's `momentum` is M's products with the factors, c M A^T beside B and c B^T M beside A; `anchor` sketches
     the factors themselves, and `curvature` (rows) is the root mean square of each row of G V or G^T U.
+
+    Factors are left balanced in the frame of the step that made them. Nothing asks for the plain balance: a model sees
+    their product, and the next step, in another frame, measures their Gram matrices; it would take one more of these.
     """
 
     def _framed(self, factors: list[Tensor]) -> list[Tensor]:

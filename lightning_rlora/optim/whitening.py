@@ -5,12 +5,11 @@ and columns, the whitened metric on m x n matrices is
 
     <xi, eta>_CD = tr(C xi D eta^T) = <xi~, eta~>,      xi~ = C^(1/2) xi D^(1/2)
 
-and the map X -> X~ = C^(1/2) X D^(1/2) to the frame of the wavy letters is an isometry of it with the plain metric. It
-keeps ranks, so it takes the fixed-rank manifold, its tangent spaces, projections, and best approximations in either
-metric onto one another. A gradient, a linear function of xi, becomes G~ = C^(-1/2) G D^(-1/2), since <G, xi> =
-<G~, xi~>; G~ is the Riemannian gradient's image. A step in the metric therefore is the plain step in the frame. Of the
-factors, X~ = c (C^(1/2) B) (A D^(1/2)), with autograd's gradients C^(-1/2) (c G A^T) and D^(-1/2) (c B^T G)^T: rows
-of the tall matrices are scaled, and that is all.
+and the map X -> X~ = C^(1/2) X D^(1/2) to the frame of the wavy letters takes this metric to the plain one. It keeps
+ranks, so fixed-rank manifolds, their tangent spaces, projections and best approximations of either metric go onto one
+another: a step in the metric is the plain step in the frame. A gradient is a linear function of xi, and <G, xi> =
+<G~, xi~> for G~ = C^(-1/2) G D^(-1/2). Of the factors, X~ = c (C^(1/2) B) (A D^(1/2)), with autograd's gradients
+C^(-1/2) (c G A^T) and (c B^T G) D^(-1/2): rows of tall matrices are scaled, and that is all.
 
 Momentum is a linear function, too, known on the tangent space at X alone, where it is all in the products c M A^T and
 c B^T M. It is stored as these, the form of the factors' gradients: they need no metric, so that where C and D move

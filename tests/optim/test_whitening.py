@@ -9,11 +9,12 @@ from dense_whitening import Whitened, fourth_root, whitened_start, whitened_step
 from peft_layers import adapted, hand_over, mixing, products, refactor
 from torch import nn
 
-from lightning_rlora.adapters import find_pairs
+from lightning_rlora.adapters import find_pairs, matrix
 from lightning_rlora.errors import UserError
 from lightning_rlora.geometry import RANK_TOLERANCE, point_to_dense, random_point
 from lightning_rlora.optim import Riemannion, WhitenedRiemannion
 from lightning_rlora.optim.reference import whitened_reference_step
+from lightning_rlora.optim.whitening import row_weights
 
 R = 3
 OPTIONS = {"lr": 0.02, "momentum": 0.8, "weight_decay": 0.1}
@@ -208,6 +209,67 @@ def test_steps_without_a_gradient_at_the_start_change_nothing():
     run(twin, gradients, optimizer=WhitenedRiemannion.for_model(twin, **options))
     error = max(relative(x, y) for x, y in zip(products(model), products(twin), strict=True))
     assert error < 1e-11  # measured
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(4, 9), (3, 8), (40, 5)], ids=["2r > m", "r = m", "2r > n"])
+def test_small_matrices_and_singular_values_far_apart(dtype, shape):
+    generator = torch.Generator().manual_seed(3)
+    point = random_point(*shape, R, generator=generator, dtype=torch.float64)
+    # the oracle finds the bases of the smallest from the product, to eps over it
+    root = torch.tensor([1.0, 1e-1, 1e-2], dtype=torch.float64)
+    b, a = (nn.Parameter(x.to(dtype)) for x in (point.u * root, (point.v * root).mT.contiguous()))
+    dense = whitened_start((b.double() @ a.double()).detach())
+    optimizer = WhitenedRiemannion([{"params": [a, b]}], **OPTIONS)
+    for g in spread_gradients(*shape, 15):
+        b.grad, a.grad = ((x.detach().double()).to(dtype) for x in (g @ a.double().mT, b.double().mT @ g))
+        optimizer.step()
+        dense = whitened_step(dense, g, R, tolerance=RANK_TOLERANCE[dtype], **OPTIONS)
+    error = relative((b @ a).detach(), dense.x)
+    print(f"\n{shape}, {dtype}: {error:.1e}")
+    assert error < {torch.float64: 1e-10, torch.float32: 1e-4}[dtype]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_changes_nothing(value):
+    model = adapted()
+    gradients = the_gradients(model, 3)
+    optimizer = run(model, gradients[:2])
+    hand_over(find_pairs(model), gradients[2])
+    factor = find_pairs(model)[1].a
+    factor.grad[0, 0] = value
+    before = {id(f): [f.detach().clone(), *map(torch.clone, optimizer.state[f].values())] for f in optimizer.state}
+    with pytest.raises(UserError, match="not finite"):
+        optimizer.step()
+    for f, entry in optimizer.state.items():
+        assert all(torch.equal(x, y) for x, y in zip([f, *entry.values()], before[id(f)], strict=True))
+
+
+def test_factors_reset_to_zero_start_again():
+    model = adapted()
+    gradients = the_gradients(model, 6)
+
+    @torch.no_grad()
+    def reset(step, pairs):
+        if step == 3:
+            pairs[0].b.zero_()
+
+    run(model, gradients, before_step=reset)
+    for x in products(model):
+        assert torch.isfinite(x).all() and torch.linalg.matrix_rank(x, rtol=1e-6) == R
+
+
+def test_factors_are_balanced_in_the_frame_of_their_step():
+    model = adapted(torch.float64)
+    gradients = the_gradients(model, 10)
+    optimizer = run(model, gradients[:9])
+    frames = [[row_weights(optimizer.state[f]["curvature"], 1e-3) for f in (p.b, p.a)] for p in find_pairs(model)]
+    run(model, gradients[9:], optimizer=optimizer)
+    for pair, (left, right) in zip(find_pairs(model), frames, strict=True):
+        b, a = (left.unsqueeze(1) * matrix(pair.b)).detach(), (matrix(pair.a) * right).detach()
+        s = (b.mT @ b).diagonal()
+        assert relative(b.mT @ b, s.diag()) < 1e-12 and relative(a @ a.mT, s.diag()) < 1e-12  # measured
+        assert relative(matrix(pair.b).mT.detach() @ matrix(pair.b).detach(), s.diag()) > 1e-2
 
 
 def rank_one(g):
