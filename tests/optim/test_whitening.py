@@ -208,7 +208,7 @@ def test_steps_without_a_gradient_at_the_start_change_nothing():
     run(model, gradients, optimizer=optimizer)
     run(twin, gradients, optimizer=WhitenedRiemannion.for_model(twin, **options))
     error = max(relative(x, y) for x, y in zip(products(model), products(twin), strict=True))
-    assert error < 1e-11  # measured
+    assert error < 1e-11  # measured 4e-15
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -226,8 +226,7 @@ def test_small_matrices_and_singular_values_far_apart(dtype, shape):
         optimizer.step()
         dense = whitened_step(dense, g, R, tolerance=RANK_TOLERANCE[dtype], **OPTIONS)
     error = relative((b @ a).detach(), dense.x)
-    print(f"\n{shape}, {dtype}: {error:.1e}")
-    assert error < {torch.float64: 1e-10, torch.float32: 1e-4}[dtype]
+    assert error < {torch.float64: 1e-10, torch.float32: 1e-4}[dtype]  # measured 1e-12, 5e-7
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -268,7 +267,7 @@ def test_factors_are_balanced_in_the_frame_of_their_step():
     for pair, (left, right) in zip(find_pairs(model), frames, strict=True):
         b, a = (left.unsqueeze(1) * matrix(pair.b)).detach(), (matrix(pair.a) * right).detach()
         s = (b.mT @ b).diagonal()
-        assert relative(b.mT @ b, s.diag()) < 1e-12 and relative(a @ a.mT, s.diag()) < 1e-12  # measured
+        assert relative(b.mT @ b, s.diag()) < 1e-12 and relative(a @ a.mT, s.diag()) < 1e-12  # measured 2e-16
         assert relative(matrix(pair.b).mT.detach() @ matrix(pair.b).detach(), s.diag()) > 1e-2
 
 
@@ -338,7 +337,7 @@ def test_another_product_from_outside_forgets_that_momentum_and_keeps_the_curvat
     for step in gradients[5:]:
         changed = whitened_step(changed, step[2], R, tolerance=RANK_TOLERANCE[torch.float64], **OPTIONS)
     for i, got in enumerate(products(model)):
-        assert relative(got, changed.x if i == 2 else after[-1][i].x) < 1e-11  # measured
+        assert relative(got, changed.x if i == 2 else after[-1][i].x) < 1e-11  # measured 4e-15
 
 
 def test_groups_of_other_algorithms_and_options_step_beside_it():
