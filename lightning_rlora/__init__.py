@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lightning_rlora.errors import UserError
     from lightning_rlora.init import locally_optimal_init
     from lightning_rlora.modules import CausalLM, SequenceClassification
-    from lightning_rlora.optim import RiemannianSGD, Riemannion, lora_plus_groups
+    from lightning_rlora.optim import RiemannianSGD, Riemannion, WhitenedRiemannion, lora_plus_groups
 
 _HOMES = {
     "adapters": ("export_adapter", "find_pairs", "merge_adapter", "track_offsets"),
@@ -29,7 +29,7 @@ _HOMES = {
     "errors": ("UserError",),
     "init": ("locally_optimal_init",),
     "modules": ("CausalLM", "SequenceClassification"),
-    "optim": ("RiemannianSGD", "Riemannion", "lora_plus_groups"),
+    "optim": ("RiemannianSGD", "Riemannion", "WhitenedRiemannion", "lora_plus_groups"),
 }
 
 __version__ = version("lightning-rlora")
@@ -47,6 +47,7 @@ __all__ = [
     "SpectrumMonitor",
     "TextData",
     "UserError",
+    "WhitenedRiemannion",
     "export_adapter",
     "find_pairs",
     "locally_optimal_init",

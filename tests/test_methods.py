@@ -61,7 +61,7 @@ def test_there_are_the_methods_of_the_family():
     family = (
         "lora lora_plus rslora dora vera qlora loftq pissa olora stiefel_a stiefel_b stiefel_both lora_ga eva corda "
     )
-    family += "qlora_dora_lora_plus riemannion riemannion_loi riemannian_sgd_loi "
+    family += "qlora_dora_lora_plus riemannion riemannion_loi whitened_riemannion riemannian_sgd_loi "
     family += "lora_fa rprec_adamw lora_rite factor_muon lora_muon lora_tsd polora"
     assert {path.stem for path in METHODS} >= set(family.split())
 

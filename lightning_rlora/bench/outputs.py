@@ -78,7 +78,9 @@ def markdown(tables: dict[str, list[Row]], results: Iterable[Result], plan: Plan
             parts.append("| " + " | ".join("---" for _ in lines[0]) + " |")
             parts += ["| " + " | ".join(line.values()) + " |" for line in lines]
         parts.append("")
-        left_out = [f"{method} ({count} run{'s' * (count > 1)})" for (of, method), count in failed.items() if of == task]
+        left_out = [
+            f"{method} ({count} run{'s' * (count > 1)})" for (of, method), count in failed.items() if of == task
+        ]
         if left_out:
             parts.append(f"Failed, to be tried again at the next start: {', '.join(left_out)}.\n")
     return "\n".join([*parts, explanation(plan), ""])

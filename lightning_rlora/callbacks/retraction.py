@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_rlora.adapters import LoraPair, find_pairs, group_by_shape
-from lightning_rlora.optim import FixedRankOptimizer
+from lightning_rlora.optim import FixedRankOptimizer, WhitenedRiemannion
 from lightning_rlora.optim.balance import balance, imbalance
 
 
@@ -23,6 +23,7 @@ class Retraction(Callback):
     - `Riemannion` and `RiemannianSGD` retract to the balanced point in their own step. Here the callback only *checks*
       the invariants, every `check_every` steps, and heals factors that drifted further than `tolerance` (changed from
       outside, say); the optimizer carries its momentum to the new bases by itself.
+    - `WhitenedRiemannion` retracts, too, to factors that are balanced in its own metric. Its pairs are left alone.
     - Any other optimizer (AdamW, SGD, ...) moves A and B as free parameters. Here the callback *does* the retraction:
       after every step it re-factors each product c B A, which does not change, into its balanced form, and moves the
       first moments (`exp_avg`, `momentum_buffer`) along by the rule of gradients. Second moments cannot be moved and
@@ -53,11 +54,13 @@ class Retraction(Callback):
         for optimizer in trainer.optimizers:
             ours = isinstance(optimizer, FixedRankOptimizer)
             self._handles.append(optimizer.register_step_post_hook(self._check if ours else self._retract))
-            rank_zero_info(
-                f"Retraction: {type(optimizer).__name__} retracts by itself, its invariants are checked"
-                if ours
-                else f"Retraction: {type(optimizer).__name__} moves free factors, they are balanced after every step"
-            )
+            if isinstance(optimizer, WhitenedRiemannion):
+                what = "retracts by itself, to factors balanced in its own metric"
+            elif ours:
+                what = "retracts by itself, its invariants are checked"
+            else:
+                what = "moves free factors, they are balanced after every step"
+            rank_zero_info(f"Retraction: {type(optimizer).__name__} {what}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Unhook."""
@@ -82,7 +85,8 @@ class Retraction(Callback):
         self._handles = []
 
     def _held_by(self, optimizer: Optimizer) -> list[LoraPair]:
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        groups = [group for group in optimizer.param_groups if group.get("algorithm") != "whitened"]
+        held = {id(p) for group in groups for p in group["params"]}
         return [pair for pair in self._pairs if id(pair.a) in held and id(pair.b) in held]
 
     def _check(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -7,6 +7,7 @@ from lightning_rlora.optim.peers import FactorMuon, LoRAFA, LoRAMuon, LoRARITE, 
 from lightning_rlora.optim.riemannian_sgd import RiemannianSGD
 from lightning_rlora.optim.riemannion import Riemannion
 from lightning_rlora.optim.schedules import CosineWithWarmup, LinearWithWarmup
+from lightning_rlora.optim.whitened_riemannion import WhitenedRiemannion
 
 __all__ = [
     "CosineWithWarmup",
@@ -21,6 +22,7 @@ __all__ = [
     "RPrecAdamW",
     "RiemannianSGD",
     "Riemannion",
+    "WhitenedRiemannion",
     "lora_plus",
     "lora_plus_groups",
     "parameter_groups",

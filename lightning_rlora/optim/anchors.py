@@ -1,8 +1,8 @@
 """Anchors: small sketches of the orthonormal bases that a momentum refers to.
 
-The momentum's tangent factors are coefficients on the bases U and V of the point. Where factors are changed from
-outside between two steps (loaded, merged, re-factored), their sketch does not agree with the anchor any more, and tells
-how the bases turned.
+The momentum's tangent factors are coefficients on the bases U and V of the point; a whitened momentum is kept as its
+products with the factors themselves. Where factors are changed from outside between two steps (loaded, merged,
+re-factored), their sketch does not agree with the anchor any more, and tells how the bases turned.
 """
 
 import torch
@@ -59,3 +59,22 @@ def turn(sketched: Tensor, anchors: Tensor, tolerance: float) -> Tensor:
     rotation = (turned.mT @ turned - eye).flatten(1).norm(dim=1) <= 1e-2
     turned = torch.where((same_span & rotation)[:, None, None], turned, 0)
     return torch.where(stands(sketched, anchors, tolerance)[:, None, None], eye, turned)
+
+
+def refactoring(sketched: Tensor, anchors: Tensor, tolerance: float) -> Tensor:
+    """S (L, r, r) of factors F_old S = F, from sketches (L, k, r) of both that keep the sizes of columns.
+
+    Identity where a factor did not change, zero where it does not span the old space any more.
+    """
+    sizes = anchors.norm(dim=1, keepdim=True).clamp_min(torch.finfo(anchors.dtype).tiny)
+    old, new = anchors / sizes, sketched / sizes
+    eye = torch.eye(sketched.shape[-1], dtype=sketched.dtype, device=sketched.device)
+    unchanged = ((new - old).norm(dim=1) <= tolerance).all(1)
+    if bool(unchanged.all()):
+        return eye.expand(len(old), -1, -1)
+    found = torch.linalg.pinv(old, rtol=tolerance) @ sketched
+    lengths = sketched.norm(dim=1)
+    same_span = ((old @ found - sketched).norm(dim=1) <= 1e-2 * lengths).all(1) & (lengths > 0).all(1)
+    known = torch.linalg.matrix_rank(old, rtol=tolerance) == sketched.shape[-1]
+    found = torch.where((same_span & known)[:, None, None], found / sizes.mT, 0)
+    return torch.where(unchanged[:, None, None], eye, found)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -14,17 +14,17 @@ from lightning_rlora.geometry import RANK_TOLERANCE
 from lightning_rlora.geometry.gram import polar_factor, polar_factor_by_eigh
 from lightning_rlora.optim.anchors import MOVED, sketch, stands, turn
 from lightning_rlora.optim.groups import HYPERPARAMETERS, PairInGroup
-from lightning_rlora.optim.sides import Sides, advance, bases, gradient_velocity, new_velocity
-from lightning_rlora.optim.two_pass import Direction, orthogonal_direction, scaled_direction
-
-
-def batches(pairs: Iterable[PairInGroup], state: dict[Tensor, dict[str, Any]]) -> list[Batch]:
-    """Pairs with gradients and state, in batches that step together."""
-    alike: dict[Hashable, list[PairInGroup]] = defaultdict(list)
-    for pair in pairs:
-        a, _, group = pair
-        alike[len(a), a.dtype, a.device, group["algorithm"], group["simulate_adam"]].append(pair)
-    return [Batch(members, state) for members in alike.values()]
+from lightning_rlora.optim.sides import (
+    Sides,
+    Velocity,
+    add_momentum,
+    bases,
+    combinations,
+    combined,
+    gradient_products,
+    velocity_of,
+)
+from lightning_rlora.optim.two_pass import Direction, Moved, orthogonal_direction, scaled_direction
 
 
 class Batch:
@@ -47,7 +47,7 @@ class Batch:
         self._factors = [factor for stack in stacks for factor in stack]
         self._states = [state[factor] for factor in self._factors]
         self._sides = Sides(
-            _tall(stacks),
+            self._framed(_tall(stacks)),
             _tall([[factor.grad for factor in stack] for stack in stacks]),  # type: ignore[misc]
             _tall([[state[factor]["momentum"] for factor in stack] for stack in stacks]),
         )
@@ -56,6 +56,10 @@ class Batch:
         self._algorithm = pairs[0].group["algorithm"]
         self._simulates_adam = self._algorithm == "sgd" and pairs[0].group["simulate_adam"]
 
+    def _framed(self, factors: list[Tensor]) -> list[Tensor]:
+        """The factors in the frame in which the step is made: as they are."""
+        return factors
+
     def lost(self) -> list[PairInGroup]:
         """Pairs of which a factor is not of full rank."""
         finite = torch.isfinite(self._bases.inverse).all(2).all(1).view(2, -1).all(0).tolist()
@@ -63,7 +67,7 @@ class Batch:
 
     @cached_property
     def _gradient_norms(self) -> tuple[Tensor, Tensor]:
-        return gradient_velocity(self._sides, self._bases, 1 / self._numbers["scaling"]).norms()
+        return self._velocity_of(self._gradient_products(1 / self._numbers["scaling"])).norms()
 
     def gradient_square(self) -> Tensor:
         """The squared norm of P_X(G) over all pairs."""
@@ -71,10 +75,17 @@ class Batch:
 
     def accelerate(self, scale: float) -> bool:
         """Forms the new momentum from the gradient times a scale; whether it is finite. Nothing is written yet."""
-        weight = scale * self._numbers["gradient_weight"] / self._numbers["scaling"]
-        self._velocity = new_velocity(self._sides, self._bases, weight, self._numbers["momentum"], self._turns())
         self._scale = scale
+        tall = self._gradient_products(scale * self._numbers["gradient_weight"] / self._numbers["scaling"])
+        add_momentum(tall, self._sides.momenta, self._numbers["momentum"], self._turns())
+        self._velocity = self._velocity_of(tall)
         return bool(torch.isfinite(self._velocity.square()).all())
+
+    def _gradient_products(self, weight: Tensor) -> list[Tensor]:
+        return gradient_products(self._sides, self._bases, weight)
+
+    def _velocity_of(self, tall: list[Tensor]) -> Velocity:
+        return velocity_of(tall, self._bases)
 
     def _turns(self) -> Tensor | None:
         """How the bases turned since the last step, if factors were changed from outside."""
@@ -89,16 +100,15 @@ class Batch:
         known = turns.abs().amax((1, 2)) > 0
         return turns * (known & known.roll(len(known) // 2))[:, None, None]
 
+    def _moved(self) -> Moved:
+        numbers = {name: self._numbers[name] for name in ("scaling", "lr", "weight_decay", "min_singular_value")}
+        return combinations(self._bases, self._velocity, direction=self._direction(), **numbers)
+
     def write(self) -> None:
         """Moves the factors and their state."""
-        factors, momenta, sizes = advance(
-            self._sides,
-            self._bases,
-            self._velocity,
-            direction=self._direction(),
-            **{name: self._numbers[name] for name in ("scaling", "lr", "weight_decay", "min_singular_value")},
-        )
-        anchors = sketch(*factors) / torch.cat([sizes, sizes]).unsqueeze(1).to(factors[0].dtype)
+        moved = self._moved()
+        factors, momenta = combined(self._sides.factors, self._velocity, moved)
+        anchors = sketch(*factors) / torch.cat([moved.sizes, moved.sizes]).unsqueeze(1).to(factors[0].dtype)
         old = [*self._factors, *self._stored("momentum"), *self._stored("anchor")]
         torch._foreach_copy_(old, [*self._like_factors(factors), *self._like_factors(momenta), *anchors.unbind()])
 
@@ -114,7 +124,7 @@ class Batch:
 
     def _direction(self) -> Direction:
         """What the algorithm makes of the momentum."""
-        if self._algorithm == "riemannion":
+        if self._algorithm != "sgd":
             dtype = self._factors[0].dtype
             polar = polar_factor_by_eigh if dtype == torch.float32 else polar_factor
             return orthogonal_direction(RANK_TOLERANCE[dtype], polar)

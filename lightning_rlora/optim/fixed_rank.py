@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Self
 
@@ -16,25 +17,26 @@ from lightning_rlora.adapters.gauge import start_factors
 from lightning_rlora.errors import Diverged, UserError
 from lightning_rlora.optim.adamw import adamw_step
 from lightning_rlora.optim.anchors import sketch_rows
-from lightning_rlora.optim.batched import Batch, batches
+from lightning_rlora.optim.batched import Batch
 from lightning_rlora.optim.groups import PairInGroup, check_full_rank, groups_with_pairs, pairs_of_new_group
+from lightning_rlora.optim.whitened_batch import WhitenedBatch
 
 if TYPE_CHECKING:
     from lightning_rlora.optim.cuda.graphed import GraphedStep
 
 _NOT_FINITE = "the gradient is not finite: lower the learning rate, clip it, or look for bad input data"
 
-ALGORITHMS = ("riemannion", "sgd", "adamw")
+ALGORITHMS = ("riemannion", "whitened", "sgd", "adamw")
 
 
 class FixedRankOptimizer(Optimizer):
     """One optimizer object for LoRA pairs on the manifold and for everything else that trains.
 
-    Groups with `algorithm` riemannion or sgd hold pairs of factors, `params` = A, B, A, B, ..., and their `scaling` c;
-    groups with `algorithm` adamw hold anything. State, beside each factor and of its shape, is the momentum's tangent
-    factor, half of what AdamW keeps, and `anchor`, a small sketch of the orthonormal basis it refers to: where the
+    Groups with `algorithm` riemannion, whitened or sgd hold pairs of factors, `params` = A, B, A, B, ..., and their
+    `scaling` c; groups with `algorithm` adamw hold anything. State, beside each factor and of its shape, is the
+    momentum's tangent factor, half of what AdamW keeps, and `anchor`, a small sketch of what it refers to: where the
     factors are changed from outside between two steps (loaded, merged, re-factored), the momentum is carried to the new
-    bases if they span the same spaces, and forgotten if they do not.
+    ones if they span the same spaces, and forgotten if they do not.
 
     Args:
         params: Parameter groups; `parameter_groups(model)` makes them, `for_model` does both.
@@ -114,6 +116,11 @@ class FixedRankOptimizer(Optimizer):
         if any("algorithm" not in group for group in state_dict["param_groups"]):
             raise UserError(f"this is the state of another optimizer than {type(self).__name__}")
         for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=False):
+            if saved["algorithm"] != group["algorithm"]:
+                raise UserError(
+                    f"this is the state of another optimizer than {type(self).__name__}: a group's algorithm is "
+                    f"{saved['algorithm']} there and {group['algorithm']} here"
+                )
             for index, parameter in zip(saved["params"], group["params"], strict=False):
                 entry = state_dict["state"].get(index, {})
                 if entry.get("momentum", parameter).shape != parameter.shape:
@@ -150,10 +157,10 @@ class FixedRankOptimizer(Optimizer):
     def _step_batched(self) -> None:
         """The step in plain torch."""
         pairs = self._pairs_with_gradients()
-        together = batches(pairs, self.state)
+        together = self._batches(pairs)
         restarted = {id(pair.a) for batch in together for pair in batch.lost() if self._restarted(pair)}
         if restarted:
-            together = batches([pair for pair in pairs if id(pair.a) not in restarted], self.state)
+            together = self._batches([pair for pair in pairs if id(pair.a) not in restarted])
         scale = self._gradient_scale(together)
         if not all(batch.accelerate(scale) for batch in together):
             raise Diverged(_NOT_FINITE)
@@ -161,6 +168,18 @@ class FixedRankOptimizer(Optimizer):
             batch.write()
         for group in self._adamw_groups():
             adamw_step(group, self.state, scale)
+
+    def _batches(self, pairs: list[PairInGroup]) -> list[Batch]:
+        """Pairs with gradients and state, in batches that step together."""
+        alike: dict[Hashable, list[PairInGroup]] = defaultdict(list)
+        for pair in pairs:
+            a, _, group = pair
+            options = (group["simulate_adam"], group.get("curvature_decay"), group.get("curvature_floor"))
+            alike[len(a), a.dtype, a.device, group["algorithm"], options].append(pair)
+        return [
+            (WhitenedBatch if members[0].group["algorithm"] == "whitened" else Batch)(members, self.state)
+            for members in alike.values()
+        ]
 
     def _step_graphed(self) -> bool:
         """The step on a GPU without waiting for it; false, with nothing done, where that cannot be."""
@@ -196,7 +215,7 @@ class FixedRankOptimizer(Optimizer):
         """The fast step, if all pairs are on one GPU, in float32, and on the manifold as steps leave them."""
         pairs = self._all_pairs()
         factors = [factor for pair in pairs for factor in (pair.a, pair.b)]
-        if not can_be_graphed(factors):
+        if not can_be_graphed(factors) or any(pair.group["algorithm"] == "whitened" for pair in pairs):
             return None
         if any(p.device != factors[0].device for group in self._adamw_groups() for p in group["params"]):
             return None
@@ -237,6 +256,8 @@ class FixedRankOptimizer(Optimizer):
             if "momentum" not in state:
                 state["momentum"] = torch.zeros_like(factor)
                 state["anchor"] = factor.new_zeros(sketch_rows(len(a)), len(a))
+            if group["algorithm"] == "whitened" and "curvature" not in state:
+                state["curvature"] = factor.new_zeros(factor.numel() // len(a))
             if group["algorithm"] == "sgd" and group["simulate_adam"] and "norm" not in state:
                 state["norm"] = factor.new_zeros(())
                 state["step"] = torch.zeros(())

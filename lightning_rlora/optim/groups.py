@@ -34,7 +34,9 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "betas": _SHARE,
     "momentum": _SHARE,
     "curvature_beta": _SHARE,
+    "curvature_decay": _SHARE,
     "min_singular_value": _POSITIVE,  # points of the manifold have full rank
+    "curvature_floor": _POSITIVE,
     "damping": _POSITIVE,
     "max_step_norm": _POSITIVE,
 }

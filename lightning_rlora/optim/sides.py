@@ -23,7 +23,16 @@ import torch
 from torch import Tensor, nn
 
 from lightning_rlora.geometry.gram import cholesky_root, range_root, root_of_range, triangle
-from lightning_rlora.optim.two_pass import RANGE_FLOOR, Direction, Half, basis_of, eigh_triplets, move, svd_triplets
+from lightning_rlora.optim.two_pass import (
+    RANGE_FLOOR,
+    Direction,
+    Half,
+    Moved,
+    basis_of,
+    eigh_triplets,
+    move,
+    svd_triplets,
+)
 
 
 class Sides(NamedTuple):
@@ -104,45 +113,39 @@ def bases(sides: Sides) -> Bases:
     return Bases(factors, root, inverse)
 
 
-def gradient_velocity(sides: Sides, at: Bases, weight: Tensor) -> Velocity:
-    """P_X(G) times a weight.
+def gradient_products(sides: Sides, at: Bases, weight: Tensor) -> list[Tensor]:
+    """G V and G^T U times a weight, stacks as in `Sides`.
 
     Args:
         sides: The tall matrices.
         at: What `bases` returned for them.
         weight: The weight divided by PEFT's c, (L, 1, 1) in float64.
     """
-    return _velocity(_gradient_part(sides, at, weight), at)
-
-
-def new_velocity(sides: Sides, at: Bases, weight: Tensor, momentum: Tensor, turns: Tensor | None = None) -> Velocity:
-    """The new momentum, P_X(G) times a weight and M times `momentum`.
-
-    Args:
-        sides: The tall matrices.
-        at: What `bases` returned for them.
-        weight: The gradient's weight divided by PEFT's c, (L, 1, 1) in float64.
-        momentum: Share of the old momentum that is kept, likewise.
-        turns: If the factors were re-factored from outside since M was stored: (2L, r, r), the old bases in the new
-            ones, U^T U_old and V^T V_old. Rotations keep M; zeros forget it.
-    """
-    tall = _gradient_part(sides, at, weight)
-    kept = torch.cat([momentum, momentum])
-    if turns is None:
-        shares = kept.to(tall[0].dtype).split([len(stack) for stack in tall])
-        for n, m, share in zip(tall, sides.momenta, shares, strict=True):
-            n.addcmul_(m, share)
-    else:
-        tall = _products(sides.momenta, kept * _swapped(turns).mT, tall)  # M_B is a set of coefficients on U, M_A on V
-    return _velocity(tall, at)
-
-
-def _gradient_part(sides: Sides, at: Bases, weight: Tensor) -> list[Tensor]:
-    # the tangent factors are (1 - U U^T) G V and G^T U, with G V = (c G A^T) R_A^-1 / c and likewise G^T U
+    # G V = (c G A^T) R_A^-1 / c, and likewise G^T U
     return _products(sides.gradients, torch.cat([weight, weight]) * _swapped(at.inverse))
 
 
-def _velocity(tall: list[Tensor], at: Bases) -> Velocity:
+def add_momentum(tall: list[Tensor], momenta: Sequence[Tensor], momentum: Tensor, turns: Tensor | None = None) -> None:
+    """Adds M times `momentum` to what `gradient_products` returned, in place.
+
+    Args:
+        tall: Stacks as in `Sides`.
+        momenta: M's.
+        momentum: Share of the old momentum that is kept, (L, 1, 1) in float64.
+        turns: If M is stored in other bases than the present ones: (2L, r, r), U^T U_old and V^T V_old for bases that
+            were re-factored from outside. Rotations keep M; zeros forget it.
+    """
+    kept = torch.cat([momentum, momentum])
+    if turns is None:
+        shares = kept.to(tall[0].dtype).split([len(stack) for stack in tall])
+        for n, m, share in zip(tall, momenta, shares, strict=True):
+            n.addcmul_(m, share)
+    else:
+        _products(momenta, kept * _swapped(turns).mT, tall)  # M_B is a set of coefficients on U, M_A on V
+
+
+def velocity_of(tall: list[Tensor], at: Bases) -> Velocity:
+    """The tangent vector (I - U U^T) N_left V^T + U N_right^T of stacks of N at the point of `bases`."""
     r = at.root.shape[-1]
     if tall[0].dtype == torch.float64:
         found = [triangle(torch.cat([factor, n], -1), r)[2:] for factor, n in zip(at.factors, tall, strict=True)]
@@ -158,8 +161,7 @@ def _velocity(tall: list[Tensor], at: Bases) -> Velocity:
     return Velocity(tall, along, square - along.mT @ along, is_gram=True)
 
 
-def advance(
-    sides: Sides,
+def combinations(
     at: Bases,
     velocity: Velocity,
     *,
@@ -168,32 +170,27 @@ def advance(
     lr: Tensor | float,
     weight_decay: Tensor | float,
     min_singular_value: Tensor | float,
-) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """The step from the new momentum M on: X <- retract((1 - lr weight_decay) X - lr D(M)).
+) -> Moved:
+    """The step from the new momentum M on, X <- retract((1 - lr weight_decay) X - lr D(M)), before anything tall moves.
 
     The momentum is carried to the new point by projection, as it was before `direction`.
 
     Args:
-        sides: The tall matrices.
-        at: What `bases` returned for them.
+        at: What `bases` returned for the factors.
         velocity: The new momentum there.
         scaling: PEFT's c. This and other numbers may differ between adapters, (L, 1, 1).
         direction: From the momentum's core to the step's.
         lr: Length of the step.
         weight_decay: Rate at which X shrinks, times lr.
         min_singular_value: Floor of the new point's singular values.
-
-    Returns:
-        The new factors and the new momenta, stacks as in `Sides`; and the norms of the columns of B' and A'^T alike,
-        (L, r) in float64.
     """
-    r = at.root.shape[-1]
-    root, inverse = velocity.rest_root(RANGE_FLOOR[sides.factors[0].dtype] * velocity.square())
+    dtype = velocity.tall[0].dtype
+    root, inverse = velocity.rest_root(RANGE_FLOOR[dtype] * velocity.square())
     basis = basis_of(at.inverse, velocity.along, inverse)
     left, right = (
         Half(*parts) for parts in zip(*(x.chunk(2) for x in (at.root, velocity.along, root, basis)), strict=True)
     )
-    moved = move(
+    return move(
         left,
         right,
         scaling=scaling,
@@ -201,11 +198,16 @@ def advance(
         lr=lr,
         weight_decay=weight_decay,
         min_singular_value=min_singular_value,
-        triplets=svd_triplets if sides.factors[0].dtype == torch.float64 else eigh_triplets,
+        triplets=svd_triplets if dtype == torch.float64 else eigh_triplets,
     )
+
+
+def combined(factors: Sequence[Tensor], velocity: Velocity, moved: Moved) -> tuple[list[Tensor], list[Tensor]]:
+    """The new factors and the new momenta, stacks as in `Sides`."""
+    r = factors[0].shape[-1]
     t = torch.cat([moved.left, moved.right])
-    new = _products(velocity.tall, t[:, r:], _products(sides.factors, t[:, :r]))
-    return [x[..., :r] for x in new], [x[..., r:] for x in new], moved.sizes
+    new = _products(velocity.tall, t[:, r:], _products(factors, t[:, :r]))
+    return [x[..., :r] for x in new], [x[..., r:] for x in new]
 
 
 def _swapped(small: Tensor) -> Tensor:

@@ -51,11 +51,13 @@ class Moved(NamedTuple):
         left: Makes [B' M_A'], (L, k, 2r).
         right: Makes [A'^T M_B'], (L, k, 2r).
         sizes: Norms of the columns of B' and A'^T alike, (L, r).
+        along: The momentum's part U'^T M V' along both new bases, (L, r, r), which M_B' holds and M_A' leaves out.
     """
 
     left: Tensor
     right: Tensor
     sizes: Tensor
+    along: Tensor
 
 
 Direction = Callable[[Tensor], Tensor]
@@ -141,8 +143,10 @@ def move(
     sizes = (sigma.unsqueeze(-2).clamp_min(min_singular_value) / scaling).sqrt()
 
     kq = core @ q
+    along = p.mT @ kq
     return Moved(
-        left=left.basis @ torch.cat([p * sizes, kq - p @ (p.mT @ kq)], 2),
+        left=left.basis @ torch.cat([p * sizes, kq - p @ along], 2),
         right=right.basis @ torch.cat([q * sizes, core.mT @ p], 2),
         sizes=sizes.squeeze(-2),
+        along=along,
     )

@@ -6,7 +6,7 @@ from loi_project import AfterEveryBatch, AtStart, Project, loader, products, tra
 
 from lightning_rlora.adapters import find_pairs, group_by_shape, matrix
 from lightning_rlora.callbacks import Retraction
-from lightning_rlora.optim import RiemannianSGD, Riemannion, parameter_groups
+from lightning_rlora.optim import RiemannianSGD, Riemannion, WhitenedRiemannion, parameter_groups
 from lightning_rlora.optim.balance import imbalance
 
 FOREIGN = {
@@ -132,7 +132,11 @@ def test_pefts_zero_start_is_left_alone_until_it_is_a_point(tmp_path):
     assert max(drift[1:]) < 1e-5
 
 
-@pytest.mark.parametrize("make", OURS.values(), ids=OURS)
+def whitened(module):
+    return WhitenedRiemannion.for_model(module, lr=0.2)
+
+
+@pytest.mark.parametrize("make", [*OURS.values(), whitened], ids=[*OURS, "whitened"])
 def test_under_our_optimizers_nothing_changes(tmp_path, make):
     ends = []
     for callbacks in ([], [Retraction(check_every=1)]):
@@ -141,6 +145,7 @@ def test_under_our_optimizers_nothing_changes(tmp_path, make):
         ends.append(trained(module))
     assert callbacks[0].steps == 8 and callbacks[0].healed == 0
     assert all(torch.equal(w, ends[1][n]) for n, w in ends[0].items())
+    assert (worst_imbalance(module) > 1e-2) == (make is whitened)  # balanced in another metric, and not to be healed
 
 
 def mix(module):
@@ -182,7 +187,12 @@ def test_drift_under_our_optimizers_is_healed_and_momentum_carried(tmp_path, mak
 
 
 def test_says_what_it_does(tmp_path, caplog):
-    for make, words in ((FOREIGN["adamw"], "AdamW moves free factors"), (OURS["riemannion"], "retracts by itself")):
+    said = (
+        (FOREIGN["adamw"], "AdamW moves free factors"),
+        (OURS["riemannion"], "its invariants are checked"),
+        (whitened, "balanced in its own metric"),
+    )
+    for make, words in said:
         caplog.clear()
         with caplog.at_level("INFO"):
             trainer(tmp_path, [Retraction()], max_steps=1).fit(Quiet(make), loader())

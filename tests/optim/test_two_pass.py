@@ -25,7 +25,15 @@ from lightning_rlora.geometry import (
 )
 from lightning_rlora.geometry.gram import polar_factor, polar_factor_by_eigh
 from lightning_rlora.optim.reference import reference_step
-from lightning_rlora.optim.sides import Sides, advance, bases, gradient_velocity, new_velocity
+from lightning_rlora.optim.sides import (
+    Sides,
+    add_momentum,
+    bases,
+    combinations,
+    combined,
+    gradient_products,
+    velocity_of,
+)
 from lightning_rlora.optim.two_pass import eigh_triplets, orthogonal_direction, svd_triplets
 
 SHAPES = [  # (m, n, r)
@@ -115,16 +123,19 @@ def two_pass(state: State, g: Tensor, *, muon: bool, momentum: float, weight_dec
     tall = sides(state, g)
     at = bases(tall)
     weight = number((1.0 if muon else 1 - momentum) / SCALING)
-    factors, momenta, _ = advance(
-        tall,
+    added = gradient_products(tall, at, weight)
+    add_momentum(added, tall.momenta, number(momentum))
+    moving = velocity_of(added, at)
+    moved = combinations(
         at,
-        new_velocity(tall, at, weight, number(momentum)),
+        moving,
         scaling=SCALING,
         direction=orthogonal_direction(RANK_TOLERANCE[dtype], POLAR[dtype]) if muon else lambda core: core,
         lr=LR,
         weight_decay=weight_decay,
         min_singular_value=1e-14,
     )
+    factors, momenta = combined(tall.factors, moving, moved)
     return State(*factors, *momenta)
 
 
@@ -277,7 +288,8 @@ def test_norms_of_the_tangent_factors(dtype):
         g = draw(kind, state, generator)
         u, v = state.bases()
         tall = sides(state, g)
-        norm_a, norm_b = gradient_velocity(tall, bases(tall), number(1 / SCALING)).norms()
+        at = bases(tall)
+        norm_a, norm_b = velocity_of(gradient_products(tall, at, number(1 / SCALING)), at).norms()
         g_v = g @ v
         a = (g_v - u @ (u.mT @ g_v)).norm(dim=(1, 2))
         b = (g.mT @ u).norm(dim=(1, 2))
@@ -315,16 +327,19 @@ def test_shapes_that_step_together_step_as_if_alone(dtype):
     both = Sides(*(left + right for left, right in zip(*together, strict=True)))
     at = bases(both)
     one = number(1.0).repeat(len(shapes), 1, 1)
-    factors, momenta, _ = advance(
-        both,
+    added = gradient_products(both, at, one / SCALING)
+    add_momentum(added, both.momenta, 0.9 * one)
+    moving = velocity_of(added, at)
+    moved = combinations(
         at,
-        new_velocity(both, at, one / SCALING, 0.9 * one),
+        moving,
         scaling=SCALING,
         direction=orthogonal_direction(RANK_TOLERANCE[dtype], POLAR[dtype]),
         lr=LR,
         weight_decay=0.0,
         min_singular_value=1e-14,
     )
+    factors, momenta = combined(both.factors, moving, moved)
     for i, state in enumerate(alone):
         j = i + len(shapes)
         for x, y in zip(state, (factors[i], factors[j], momenta[i], momenta[j]), strict=True):
