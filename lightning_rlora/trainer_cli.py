@@ -29,9 +29,12 @@ def one_configuration(args: list[str]) -> list[str]:
     Raises:
         UserError: If one of several files cannot be read.
     """
-    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     options.add_argument("-c", "--config", action="append", default=[])
-    found, others = options.parse_known_args(args)
+    try:
+        found, others = options.parse_known_args(args)
+    except argparse.ArgumentError:
+        return args  # the parser behind this says what is wrong
     if len(found.config) < 2:
         return args
     merged: Config = {}

@@ -115,6 +115,7 @@ BAD_INPUT = {
         ["alpha"],
     ),
     "missing configuration": (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
+    "configuration without a name": (["--config"], ["expected one argument"]),
     "configuration with a typo": (["--config", "typo.yaml"], ["bsae"]),
     "missing checkpoint": (["--ckpt_path", "nowhere.ckpt"], ["nowhere.ckpt"]),
     "broken checkpoint": (["--ckpt_path", "broken.ckpt"], ["broken.ckpt"]),

@@ -18,7 +18,6 @@ from lightning_rlora.bench.table import Row, mean_curve
 # black that is the reference's; the last, a violet, is none of theirs
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6A3D9A")
 DASHES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)))
-GREY = "#8a8a8a"
 
 
 def figures(rows: Sequence[Row], results: Iterable[Result], plan: Plan) -> dict[str, Figure]:

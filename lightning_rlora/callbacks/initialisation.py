@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -11,7 +11,7 @@ from lightning_rlora.adapters import find_pairs, track_offsets
 from lightning_rlora.callbacks.training_batches import Loss
 
 
-class Initialisation(Callback):
+class Initialisation(Callback, ABC):
     """Starts the adapters once, before the first step.
 
     Args:
