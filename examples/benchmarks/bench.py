@@ -18,6 +18,8 @@ import torch
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
 TO_MS, MIB = 1e3, 2**20
+FEW = 3
+"""Rounds that are always measured."""
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
@@ -62,12 +64,12 @@ def interleaved(
     Args:
         runs: Measurements by name.
         repeats: Rounds.
-        seconds: Start no further round after this time.
+        seconds: Start no further round after this time, if there were a few.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     start = perf_counter()
     for number in range(repeats):
-        if number > 0 and perf_counter() - start > seconds:
+        if number >= FEW and perf_counter() - start > seconds:
             break
         for name, run in runs.items():
             times[name].append(run())

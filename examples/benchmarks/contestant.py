@@ -82,7 +82,7 @@ def compare(
     results: dict[str, dict[str, Any]] = {name: {} for name in makes}
     for key, timing in (("latency_ms", latency), ("back_to_back_ms", back_to_back)):
         runs = {name: partial(contestant.timed, timing) for name, contestant in contestants.items()}
-        interleaved({name: partial(c.timed, latency) for name, c in contestants.items()}, 10, seconds / 4)
+        interleaved({name: partial(c.timed, latency) for name, c in contestants.items()}, 10, seconds / 4)  # compiles
         for name, times in interleaved(runs, repeats, seconds).items():
             results[name] |= {key: statistics.median(times), f"{key}_range": [min(times), max(times)]}
             results[name][f"{key}_repeats"] = len(times)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
+from statistics import median
 
 from lightning_rlora.bench.results import Result, result_of, write_result
 from lightning_rlora.bench.worker import Fit, Job, work
@@ -37,9 +38,11 @@ def run_all(
     workers = [_Worker(device, threads, fit) for device in devices[: len(jobs)]]
     began = time.monotonic()
     done = 0
-    pace = 0.0  # seconds of wall time for an optimizer step of one worker, all its pauses included
+    paces: dict[str, float] = {}  # of each method: seconds of wall time for an optimizer step, all pauses included
 
     def too_late(job: Job) -> bool:
+        # methods differ by a factor of ten: that of none that was run yet is taken to be in the middle
+        pace = paces.get(job.run.method, median(paces.values()) if paces else 0.0)
         return seconds is not None and time.monotonic() - began + pace * job.run.steps > seconds
 
     try:
@@ -53,7 +56,8 @@ def run_all(
             for connection in wait(list(busy)):
                 worker = busy[connection]  # type: ignore[index]
                 job, result, duration = worker.end()
-                pace = max(pace, duration / job.run.steps) if result.status == "finished" else pace
+                if result.status == "finished":
+                    paces[job.run.method] = max(paces.get(job.run.method, 0.0), duration / job.run.steps)
                 done += 1
                 report(job, result)
     finally:

@@ -12,8 +12,10 @@ def compile_in_place(model: nn.Module) -> None:
     """Let a model compile itself with inductor at its first call; its parameters keep their names.
 
     Rows and tokens of a batch are symbols of the graph, so neither text of another length nor the smaller batch at an
-    epoch's end compiles anew; torch makes one more graph for batches of a single row only. Training and evaluation have
-    graphs of their own. Random numbers are drawn as without compilation, so dropout takes the very same masks.
+    epoch's end compiles anew; torch makes one more graph for batches of a single row only. On a GPU it makes one for
+    lengths that are multiples of 8, which attention kernels treat in their own way, and one for the others. Training
+    and evaluation have graphs of their own. Random numbers are drawn as without compilation, so dropout takes the very
+    same masks.
     """
     model.compile(dynamic=True, options={"fallback_random": True})
 

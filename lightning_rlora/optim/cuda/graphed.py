@@ -90,8 +90,8 @@ class GraphedStep:
     def found(self, *, all_steps: bool = False) -> Found:
         """What the steps up to the one before the last met, or with `all_steps` (which waits for the device) all."""
         which = (self._steps + 1) % 2 if all_steps else self._steps % 2
-        if self._arrived:
-            self._arrived[which].synchronize()
+        if self._arrived and not self._arrived[which].query():
+            self._arrived[which].synchronize()  # only where the host is two steps ahead of the device
         return Found(*map(bool, self._seen[which].tolist()))
 
     def ready(self) -> bool:

@@ -87,7 +87,7 @@ def cores(n, seed=0):
     return c
 
 
-def assert_leading(p, sigma, q, c, r, allowed):
+def assert_leading(p, sigma, q, c, r, allowed, found_on):
     u, s, vt = torch.linalg.svd(c)
     one = torch.eye(r, dtype=torch.float64)
     best = u[..., :r] * s[:, None, :r] @ vt[:, :r]
@@ -95,10 +95,13 @@ def assert_leading(p, sigma, q, c, r, allowed):
     print(f"\n{c.shape[-1]}: product {error.max():.1e}, sigma {((sigma - s[:, :r]) / s[:, :r]).abs().max():.1e}")
     assert (sigma.diff(dim=1) <= 0).all()
     print(f"orthogonal to {(p.mT @ p - one).abs().max():.1e}, {(q.mT @ q - one).abs().max():.1e}")
-    # measured 2e-9, and 7e-6 by the rotations of a GPU, which let close singular values be; 7e-14
-    assert (p.mT @ p - one).abs().max() < products._COSINE and (q.mT @ q - one).abs().max() < 1e-12
-    assert ((sigma - s[:, :r]).abs() <= 1e-11 * s[:, :r] + 3e-14 * s[:, :1]).all()  # measured 4e-13 and 4e-15
     assert error.max() < allowed
+    # measured 2e-9, and 7e-6 by the rotations of a GPU, which let close singular values be; 7e-14
+    beside = p.mT @ p - one
+    assert beside.abs().max() < products._COSINE and (q.mT @ q - one).abs().max() < 1e-12
+    # of columns that are not quite orthogonal the sizes differ from singular values by half of that (Ostrowski)
+    tied = 0.5 * torch.linalg.matrix_norm(beside, 2)[:, None] if found_on == "cuda" else 0.0
+    assert ((sigma - s[:, :r]).abs() <= (1e-11 + tied) * s[:, :r] + 3e-14 * s[:, :1]).all()  # measured 4e-13 and 4e-15
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -108,7 +111,7 @@ def test_leading_triplets(n, device, monkeypatch):
     seen = needed(monkeypatch, "_triplets_where")
     found = products.leading_triplets(c.to(device), r)
     assert not seen[0].any()
-    assert_leading(*(x.cpu() for x in found), c, r, 1e-10)  # measured 4e-11
+    assert_leading(*(x.cpu() for x in found), c, r, 1e-10, device)  # measured 4e-11
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -131,7 +134,7 @@ def test_spectra_that_products_cannot_part_go_the_exact_way(device, monkeypatch)
     seen = needed(monkeypatch, "_triplets_where")
     p, sigma, q = (x.cpu() for x in products.leading_triplets(c.to(device), r))
     assert seen[0].tolist()[:4] == [False] * 4 and seen[0].tolist()[5:] == [True] * 2
-    assert_leading(p[:5], sigma[:5], q[:5], c[:5], r, 3e-10)  # measured 8e-11
+    assert_leading(p[:5], sigma[:5], q[:5], c[:5], r, 3e-10, device)  # measured 8e-11
     rest = (c[5] - (p[5] * sigma[5]) @ q[5].mT).square().sum()
     assert abs(rest - values[5, r:].square().sum()) < 1e-10
     assert sigma[6].max() < 1e-19
