@@ -239,7 +239,9 @@ def _kitchen(pen: _Pen, generator: np.random.Generator) -> None:
     pen.box(0, 0, 64, 64, "#fbe7a8")
     for column in range(8):
         for row in range(2):
-            pen.box(8 * column, 50 + 7 * row, 8 * column + 8, 57 + 7 * row, "#ffffff" if (column + row) % 2 else "#3c4a57")
+            pen.box(
+                8 * column, 50 + 7 * row, 8 * column + 8, 57 + 7 * row, "#ffffff" if (column + row) % 2 else "#3c4a57"
+            )
     pen.rounded(4, 7, 19, 25, 1, "#bfe4f7")
     pen.line([(11.5, 7.5), (11.5, 24.5)], 1.0, OUTLINE)
     pen.line([(4.5, 16), (18.5, 16)], 1.0, OUTLINE)
