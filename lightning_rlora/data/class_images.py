@@ -13,7 +13,7 @@ from PIL import Image
 from lightning_rlora.data.image_files import is_image
 from lightning_rlora.files import write_atomically
 
-Generate = Callable[[list[str], list[int]], Sequence[Image.Image]]
+Sample = Callable[[list[str], list[int]], Sequence[Image.Image]]
 """Draws one image for each prompt, with the seed of the same place."""
 
 
@@ -28,18 +28,18 @@ def missing_class_images(folder: Path, wanted: int) -> list[tuple[int, Path]]:
     return list(islice(free, max(0, wanted - len(there))))
 
 
-def draw_class_images(missing: Sequence[tuple[int, Path]], prompt: str, generate: Generate, batch_size: int) -> None:
+def draw_class_images(missing: Sequence[tuple[int, Path]], prompt: str, sample: Sample, batch_size: int) -> None:
     """Draws missing images, ``batch_size`` at a time, and writes each as a whole: a broken-off run goes on later.
 
     Args:
         missing: Seed and file of each image.
         prompt: What the images show.
-        generate: Draws images for prompts and seeds.
+        sample: Draws images for prompts and seeds.
         batch_size: Images that are drawn together.
     """
     for start in range(0, len(missing), batch_size):
         seeds, files = zip(*missing[start : start + batch_size], strict=True)
-        for file, image in zip(files, generate([prompt] * len(files), list(seeds)), strict=True):
+        for file, image in zip(files, sample([prompt] * len(files), list(seeds)), strict=True):
             content = BytesIO()
             image.save(content, "PNG")
             write_atomically(file, content.getvalue())

@@ -29,7 +29,7 @@ class DreamBoothData(ImageData):
 
     With `class_images` every photo is followed by an image of its class (prior preservation), so batches are twice as
     large. Where images are missing, they are drawn before training by the model, if it has a method
-    ``generate_images(prompts, seeds)`` that returns PIL images.
+    ``sample(prompts, seeds)`` that returns PIL images.
 
     The batches of every epoch depend on nothing but the data, the seed and the epoch's number. A run resumed from a
     checkpoint goes on with the very next batch. Nothing is drawn from the global random number generators.
@@ -167,14 +167,14 @@ class DreamBoothData(ImageData):
         missing = missing_class_images(folder, wanted)
         if not missing:
             return
-        generate = getattr(self._module, "generate_images", None)
-        if generate is None:
+        sample = getattr(self._module, "sample", None)
+        if sample is None:
             raise UserError(
                 f"class_images: the folder {str(folder)!r} holds {wanted - len(missing)} of {wanted} images: add"
-                f" {len(missing)}, lower num_class_images, or train a module that draws them (generate_images)"
+                f" {len(missing)}, lower num_class_images, or train a module that can `sample`, as TextToImage"
             )
         with isolate_rng():
-            draw_class_images(missing, self.class_prompt, generate, self.batch_size)
+            draw_class_images(missing, self.class_prompt, sample, self.batch_size)
 
 
 def _opened(folder: str) -> list[tuple[str, Opener]]:

@@ -174,7 +174,9 @@ def picture_batch(shown: Sequence[Shown | UserError]) -> dict[str, Any] | UserEr
         if isinstance(one, UserError):
             return one
         columns.append(one)
-    pixels = torch.from_numpy(np.stack([one.pixels for one in columns]).transpose(0, 3, 1, 2).astype(np.float32))
+    pixels = torch.from_numpy(
+        np.stack([one.pixels for one in columns]).transpose(0, 3, 1, 2).astype(np.float32, order="C")
+    )
     return {
         "pixel_values": pixels / 127.5 - 1,
         "prompt": [one.prompt for one in columns],

@@ -60,7 +60,7 @@ def robot_photo(number: int, size: int = 64) -> Image.Image:
     Returns:
         An RGB image, drawn at several times its size and scaled down.
     """
-    canvas = max(512, 2 * size)
+    canvas = max(256, 2 * size)
     generator = np.random.default_rng(number)
     lap, pose = number // len(POSES), POSES[number % len(POSES)]
     image = Image.new("RGB", (canvas, canvas))
