@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -154,27 +155,22 @@ class DreamBoothData(ImageData):
         """The images of the class; missing ones are drawn first, by one process for all."""
         if self.class_images is None:
             return []
-        if self.trainer is None or self.trainer.is_global_zero:
-            self._draw_missing(Path(self.class_images).expanduser())
+        folder, wanted = Path(self.class_images).expanduser(), self.num_class_images or 0
+        missing = missing_class_images(folder, wanted)
+        sample: Any = getattr(self._module, "sample", None)
+        if missing and sample is None:
+            raise UserError(
+                f"class_images: the folder {str(folder)!r} holds {wanted - len(missing)} of {wanted} images: add"
+                f" {len(missing)}, lower num_class_images, or train a module that can `sample`, as TextToImage"
+            )
+        if missing and self.trainer and self.trainer.is_global_zero:
+            with isolate_rng():
+                draw_class_images(missing, self.class_prompt, sample, self.batch_size)
         if self.trainer is not None:
             self.trainer.strategy.barrier("class images")
         named = _opened(self.class_images)[: self.num_class_images]
         images = [Captioned(name, opener, (self.class_prompt,)) for name, opener in named]
         return fitted(images, [(self.size, self.size)], self.prior_weight)
-
-    def _draw_missing(self, folder: Path) -> None:
-        wanted = self.num_class_images or 0
-        missing = missing_class_images(folder, wanted)
-        if not missing:
-            return
-        sample = getattr(self._module, "sample", None)
-        if sample is None:
-            raise UserError(
-                f"class_images: the folder {str(folder)!r} holds {wanted - len(missing)} of {wanted} images: add"
-                f" {len(missing)}, lower num_class_images, or train a module that can `sample`, as TextToImage"
-            )
-        with isolate_rng():
-            draw_class_images(missing, self.class_prompt, sample, self.batch_size)
 
 
 def _opened(folder: str) -> list[tuple[str, Opener]]:

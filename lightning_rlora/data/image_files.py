@@ -68,7 +68,9 @@ def decode(name: str, opener: Opener) -> Image.Image:
         UserError: It cannot be read.
     """
     with _one_line(name), opener() as image:
-        return _rgb(ImageOps.exif_transpose(image))
+        ImageOps.exif_transpose(image, in_place=True)
+        image.load()
+        return image if image.mode == "RGB" and not image.has_transparency_data else _rgb(image)
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 import random
 
 import numpy as np
@@ -134,6 +135,8 @@ def test_parquet(tmp_path, form):
     wide = data(str(tmp_path / "set"), multiple=64, **options).train_dataloader()
     if form != "path":
         assert torch.equal(next(iter(wide))["pixel_values"][0], expected)
+    copy = pickle.loads(pickle.dumps(wide.pictures))  # as workers get it where they are not forked
+    assert copy[copy.centred(4)].prompt == "row 4"
 
 
 def test_hub_sets_and_several_captions(monkeypatch):
