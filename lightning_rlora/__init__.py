@@ -16,7 +16,7 @@ if TYPE_CHECKING:
         Retraction,
         SpectrumMonitor,
     )
-    from lightning_rlora.data import ClassificationData, ReasoningData, TextData
+    from lightning_rlora.data import CaptionedImageData, ClassificationData, DreamBoothData, ReasoningData, TextData
     from lightning_rlora.errors import UserError
     from lightning_rlora.init import locally_optimal_init
     from lightning_rlora.modules import CausalLM, SequenceClassification
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "adapters": ("export_adapter", "find_pairs", "merge_adapter", "track_offsets"),
     "callbacks": ("AdapterInit", "AdapterOnlyCheckpoint", "LocallyOptimalInit", "Retraction", "SpectrumMonitor"),
-    "data": ("ClassificationData", "ReasoningData", "TextData"),
+    "data": ("CaptionedImageData", "ClassificationData", "DreamBoothData", "ReasoningData", "TextData"),
     "errors": ("UserError",),
     "init": ("locally_optimal_init",),
     "modules": ("CausalLM", "SequenceClassification"),
@@ -36,8 +36,10 @@ __version__ = version("lightning-rlora")
 __all__ = [
     "AdapterInit",
     "AdapterOnlyCheckpoint",
+    "CaptionedImageData",
     "CausalLM",
     "ClassificationData",
+    "DreamBoothData",
     "LocallyOptimalInit",
     "ReasoningData",
     "Retraction",

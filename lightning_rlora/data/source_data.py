@@ -1,21 +1,17 @@
-"""What the data modules share: sources, a held-out part, and training batches that go on where the trainer stands."""
+"""What the data modules of texts share: sources, a tokenizer, a held-out part, and examples kept in memory."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
-import numpy as np
-from lightning.pytorch import LightningDataModule
-
 from lightning_rlora.data.loader import Collate, ResumableLoader, RowLoader
-from lightning_rlora.data.place import place_of, settle
+from lightning_rlora.data.resumable_data import ResumableData
 from lightning_rlora.data.sources import Record, TableFormat, hold_out, is_on_hub, load_hub, read_records
 from lightning_rlora.data.tokenizer import check_length, find_tokenizer
 from lightning_rlora.errors import UserError
 
 
-class SourceData(LightningDataModule, ABC):
+class SourceData(ResumableData):
     """Batches of examples that are made from the records of sources and kept in memory.
 
     The batches of every epoch depend on nothing but the data, the seed and the epoch's number. A run resumed from a
@@ -55,20 +51,14 @@ class SourceData(LightningDataModule, ABC):
         num_workers: int,
         seed: int,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
         self.sources = sources
         self.hub_config = hub_config
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self.batch_size = batch_size
         self.validation_fraction = validation_fraction
-        self.num_workers = num_workers
-        self.seed = seed
         self._examples: dict[str, Any] = {}
         self._found_tokenizer: Any = None
-        for name, least in {"batch_size": 1, "num_workers": 0, "seed": 0}.items():
-            if getattr(self, name) < least:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least {least}")
         if not 0 <= validation_fraction < 1:
             raise UserError(f"validation_fraction is {validation_fraction}: it must be in [0, 1)")
 
@@ -144,17 +134,7 @@ class SourceData(LightningDataModule, ABC):
         return self._examples[stage]
 
     def _training(self) -> dict[str, Any]:
-        """What a loader of training batches is made with, whether from memory or from a stream."""
-        if self.trainer:
-            settle(self.trainer)
-        return {
-            "batch_size": self.batch_size,
-            "collate": self._collate(),
-            "place": partial(place_of, self.trainer) if self.trainer else lambda: (0, 0),
-            "seed": self.seed,
-            "num_workers": self.num_workers,
-            **self._processes(),
-        }
+        return {**super()._training(), "batch_size": self.batch_size, "collate": self._collate()}
 
     def _fixed_order(self, stage: str) -> RowLoader:
         examples = self._in_memory(stage)
@@ -166,18 +146,6 @@ class SourceData(LightningDataModule, ABC):
             num_workers=self.num_workers,
             **self._processes(),
         )
-
-    @property
-    def _module(self) -> Any:
-        return self.trainer.lightning_module if self.trainer else None
-
-    def _random(self, epoch: int, purpose: int) -> np.random.Generator:
-        return np.random.default_rng([self.seed, epoch, purpose])
-
-    def _processes(self) -> dict[str, Any]:
-        """This process's place among those that share the data (not all do under tensor parallelism)."""
-        shares = (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
-        return {"rank": shares["rank"], "world_size": shares["num_replicas"]}
 
     def _tokenizer(self) -> Any:
         """The tokenizer, found when first needed: the model may bring it only with its own setup."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from lightning_rlora.data.python_topics import python_topics
 from lightning_rlora.errors import UserError
 
 Record = dict[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def read_records(
     for source in [sources] if isinstance(sources, str) else sources:
         if source.startswith("embedded:"):
             yield from _embedded(source)(stage)
-        elif files := _local_files(source):
+        elif files := local_files(source):
             for file in files:
                 yield from _reader(file, table)(file)
         else:
@@ -75,7 +76,7 @@ def is_on_hub(source: str) -> bool:
     Raises:
         UserError: The source can only be a local file, and there is none.
     """
-    return not source.startswith("embedded:") and not _local_files(source)
+    return not source.startswith("embedded:") and not local_files(source)
 
 
 def load_hub(source: str, stage: str, hub_config: str | None, streaming: bool) -> Any:
@@ -93,12 +94,10 @@ def load_hub(source: str, stage: str, hub_config: str | None, streaming: bool) -
         raise UserError(f"{stage}: no such file or folder {name!r}, and {what}: {reason}") from error
 
 
-def hold_out(
-    records: list[Record], fraction: float, generator: np.random.Generator
-) -> tuple[list[Record], list[Record]]:
+def hold_out(records: list[T], fraction: float, generator: np.random.Generator) -> tuple[list[T], list[T]]:
     """Splits records into those to train on and those held out, both in their order; at least one is held out."""
     if len(records) == 1:
-        raise UserError("train: there is only 1 document: give `validation`, or set validation_fraction to 0")
+        raise UserError("train: there is only 1 record: give `validation`, or set validation_fraction to 0")
     count = max(1, round(fraction * len(records)))
     chosen = set(generator.permutation(len(records))[:count].tolist())
     kept = [record for i, record in enumerate(records) if i not in chosen]
@@ -113,7 +112,7 @@ def _embedded(source: str) -> Callable[[str], list[Record]]:
     return EMBEDDED[name]
 
 
-def _local_files(source: str) -> list[Path]:
+def local_files(source: str) -> list[Path]:
     """Lists the files that a path, folder or glob means; an empty list says that it may be a hub id."""
     path = Path(source).expanduser()
     if path.is_file():
@@ -128,7 +127,7 @@ def _local_files(source: str) -> list[Path]:
         found = sorted(Path(match) for match in glob.glob(str(path), recursive=True))  # noqa: PTH207 (it takes any path)
         if not found:
             raise UserError(f"no file matches {source!r}")
-        return [file for match in found for file in _local_files(str(match))]
+        return [file for match in found for file in local_files(str(match))]
     only_a_path = source.startswith((".", "/", "~")) or "\\" in source or source.count("/") > 1
     if only_a_path or _ending(path) in READERS:
         raise UserError(f"no such file or folder: {source!r}")

@@ -173,5 +173,5 @@ def test_hold_out():
     assert hold_out(records, 0.1, np.random.default_rng(0)) == (kept, held)
     assert hold_out(records, 0.1, np.random.default_rng(1)) != (kept, held)
     assert len(hold_out(records[:2], 0.01, np.random.default_rng(0))[1]) == 1
-    with pytest.raises(UserError, match="only 1 document"):
+    with pytest.raises(UserError, match="only 1 record"):
         hold_out(records[:1], 0.1, np.random.default_rng(0))

@@ -192,7 +192,7 @@ def test_wrong_data(write, letters, contents, kwargs, message, streaming):
 
 
 def test_one_document_cannot_be_split(write, letters):
-    with pytest.raises(UserError, match="only 1 document"):
+    with pytest.raises(UserError, match="only 1 record"):
         TextData(write("a.txt", "123"), tokenizer=letters).train_dataloader()
 
 
