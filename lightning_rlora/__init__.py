@@ -14,21 +14,29 @@ if TYPE_CHECKING:
         AdapterOnlyCheckpoint,
         LocallyOptimalInit,
         Retraction,
+        SampleImages,
         SpectrumMonitor,
     )
     from lightning_rlora.data import ClassificationData, ReasoningData, TextData
     from lightning_rlora.errors import UserError
     from lightning_rlora.init import locally_optimal_init
-    from lightning_rlora.modules import CausalLM, SequenceClassification
+    from lightning_rlora.modules import CausalLM, SequenceClassification, TextToImage
     from lightning_rlora.optim import RiemannianSGD, Riemannion, WhitenedRiemannion, lora_plus_groups
 
 _HOMES = {
     "adapters": ("export_adapter", "find_pairs", "merge_adapter", "track_offsets"),
-    "callbacks": ("AdapterInit", "AdapterOnlyCheckpoint", "LocallyOptimalInit", "Retraction", "SpectrumMonitor"),
+    "callbacks": (
+        "AdapterInit",
+        "AdapterOnlyCheckpoint",
+        "LocallyOptimalInit",
+        "Retraction",
+        "SampleImages",
+        "SpectrumMonitor",
+    ),
     "data": ("ClassificationData", "ReasoningData", "TextData"),
     "errors": ("UserError",),
     "init": ("locally_optimal_init",),
-    "modules": ("CausalLM", "SequenceClassification"),
+    "modules": ("CausalLM", "SequenceClassification", "TextToImage"),
     "optim": ("RiemannianSGD", "Riemannion", "WhitenedRiemannion", "lora_plus_groups"),
 }
 
@@ -43,9 +51,11 @@ __all__ = [
     "Retraction",
     "RiemannianSGD",
     "Riemannion",
+    "SampleImages",
     "SequenceClassification",
     "SpectrumMonitor",
     "TextData",
+    "TextToImage",
     "UserError",
     "WhitenedRiemannion",
     "export_adapter",

@@ -154,11 +154,9 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _merge(args: argparse.Namespace) -> None:
-    from lightning_rlora.adapters import merge_adapter
     from lightning_rlora.modules.checkpoint import load_module, save_pretrained
 
-    module = load_module(_checkpoint(args.ckpt_path))
-    save_pretrained(merge_adapter(module.model), module.tokenizer, args.output)
+    save_pretrained(args.output, *load_module(_checkpoint(args.ckpt_path)).merged())
     print(f"merged model written to {args.output}")
 
 

@@ -7,6 +7,7 @@ from lightning_rlora.callbacks.locally_optimal_init import LocallyOptimalInit
 from lightning_rlora.callbacks.retraction import Retraction
 from lightning_rlora.callbacks.run_cost import RunCost
 from lightning_rlora.callbacks.run_record import RunRecord
+from lightning_rlora.callbacks.sample_images import SampleImages
 from lightning_rlora.callbacks.spectrum_monitor import SpectrumMonitor
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "Retraction",
     "RunCost",
     "RunRecord",
+    "SampleImages",
     "SpectrumMonitor",
 ]
