@@ -107,8 +107,8 @@ class SampleImages(Callback):
         for logger in trainer.loggers:
             if hasattr(logger, "log_image"):  # Weights & Biases
                 logger.log_image(key="samples", images=[picture], step=step)
-            elif hasattr(experiment := getattr(logger, "experiment", None), "add_image"):  # TensorBoard
-                experiment.add_image("samples", np.asarray(picture), step, dataformats="HWC")
+            elif add_image := getattr(getattr(logger, "experiment", None), "add_image", None):  # TensorBoard
+                add_image("samples", np.asarray(picture), step, dataformats="HWC")
 
 
 def grid(rows: list[list[Image]]) -> Image:
