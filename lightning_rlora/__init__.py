@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lightning_rlora.callbacks import (
         AdapterInit,
         AdapterOnlyCheckpoint,
+        ImageSimilarity,
         LocallyOptimalInit,
         Retraction,
         SampleImages,
@@ -28,6 +29,7 @@ _HOMES = {
     "callbacks": (
         "AdapterInit",
         "AdapterOnlyCheckpoint",
+        "ImageSimilarity",
         "LocallyOptimalInit",
         "Retraction",
         "SampleImages",
@@ -46,6 +48,7 @@ __all__ = [
     "AdapterOnlyCheckpoint",
     "CausalLM",
     "ClassificationData",
+    "ImageSimilarity",
     "LocallyOptimalInit",
     "ReasoningData",
     "Retraction",

@@ -62,8 +62,8 @@ def write_diffusers_files(
         "use_dora": config.use_dora,
         "lora_bias": config.lora_bias,
     }
-    # PEFT's keys, and not those of convert_state_dict_to_diffusers: that renames attention layers only, and pipelines do
-    # not understand both ways in one file
+    # PEFT's keys, and not those of convert_state_dict_to_diffusers: that renames attention layers only, and pipelines
+    # do not understand both ways in one file
     StableDiffusionLoraLoaderMixin.save_lora_weights(
         folder,
         unet_lora_layers={**scaled},

@@ -3,6 +3,7 @@
 from lightning_rlora.callbacks.adapter_export import AdapterExport
 from lightning_rlora.callbacks.adapter_init import AdapterInit
 from lightning_rlora.callbacks.adapter_only_checkpoint import AdapterOnlyCheckpoint
+from lightning_rlora.callbacks.image_similarity import ImageSimilarity
 from lightning_rlora.callbacks.locally_optimal_init import LocallyOptimalInit
 from lightning_rlora.callbacks.retraction import Retraction
 from lightning_rlora.callbacks.run_cost import RunCost
@@ -14,6 +15,7 @@ __all__ = [
     "AdapterExport",
     "AdapterInit",
     "AdapterOnlyCheckpoint",
+    "ImageSimilarity",
     "LocallyOptimalInit",
     "Retraction",
     "RunCost",

@@ -57,9 +57,7 @@ class Loggers:
 
 def fit(folder, pipeline, callbacks, *, max_steps=5, loggers=False, **options):
     torch.manual_seed(0)
-    module = TextToImage(
-        pipeline, {"r": 2, "lora_dropout": 0.2}, optimizer=lambda groups: Riemannion(groups, lr=0.1)
-    )
+    module = TextToImage(pipeline, {"r": 2, "lora_dropout": 0.2}, optimizer=lambda groups: Riemannion(groups, lr=0.1))
     trainer = Trainer(
         accelerator="cpu",
         default_root_dir=folder,
