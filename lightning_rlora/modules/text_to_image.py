@@ -78,8 +78,6 @@ class TextToImage(AdaptedModel):
         UserError: If the pipeline cannot be loaded, the adapter does not fit its UNet, or a number is out of range.
     """
 
-    alphas_cumprod: Tensor
-
     def __init__(
         self,
         pipeline: str = "embedded:tiny-diffusion",
@@ -134,8 +132,8 @@ class TextToImage(AdaptedModel):
 
         from diffusers import DDPMScheduler
 
-        schedule = DDPMScheduler.from_config(loaded.scheduler.config)
-        self.register_buffer("alphas_cumprod", schedule.alphas_cumprod, persistent=False)
+        # no buffer: a precision that casts the module would round what is close to 1
+        self._alphas_cumprod: Tensor = DDPMScheduler.from_config(loaded.scheduler.config).alphas_cumprod
         self._losses = torch.nn.ModuleDict({stage: MeanMetric() for stage in ("val", "test")})
 
     def forward(self, batch: dict[str, Any], generator: torch.Generator | None = None) -> Denoising:
@@ -147,8 +145,9 @@ class TextToImage(AdaptedModel):
         """
         latents = self.latents(batch["pixel_values"], batch.get("key"))
         offset = self.noise_offset if generator is None else 0.0
-        noise, times = draw_noise(latents, len(self.alphas_cumprod), offset=offset, generator=generator)
-        alpha_bar = self.alphas_cumprod[times].float()
+        self._alphas_cumprod = self._alphas_cumprod.to(latents.device)
+        noise, times = draw_noise(latents, len(self._alphas_cumprod), offset=offset, generator=generator)
+        alpha_bar = self._alphas_cumprod[times]
         told = conditions(self.pipeline, batch, truncate=self.truncate_prompts)
         noisy = add_noise(latents, noise, alpha_bar).to(self.pipeline.unet.dtype)
         prediction = self.model(noisy, times, **told).sample
@@ -165,7 +164,7 @@ class TextToImage(AdaptedModel):
         return weighted_loss(output.prediction, output.target, weights)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Update val/loss."""
+        """Update val/loss, the loss of the training on noise that is the same each time."""
         self._evaluate(batch, batch_idx, "val")
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:

@@ -234,7 +234,8 @@ def test_gradient_checkpointing_changes_no_gradient(folders):
 
 
 @pytest.mark.parametrize(
-    ("precision", "dtype"), [("bf16-mixed", "float32"), ("bf16-mixed", "bfloat16"), ("16-mixed", "float32")]
+    ("precision", "dtype"),
+    [("bf16-mixed", "float32"), ("bf16-mixed", "bfloat16"), ("16-mixed", "float32")],
 )
 def test_mixed_precision_trains(precision, dtype, folders, tmp_path):
     module = TextToImage(folders["sdxl"], ADAPTER, dtype=dtype, optimizer=lambda g: Riemannion(g, lr=0.1))
