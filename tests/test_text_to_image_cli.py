@@ -74,7 +74,7 @@ def test_exported_and_merged_it_makes_the_same_pictures(run, tmp_path):
         pictures.append(images(stock, [1]))
     assert (pictures[0] - images(build("sdxl"), [1])).abs().max() > 0.01
     for picture in pictures[1:]:
-        torch.testing.assert_close(picture, pictures[0], rtol=0, atol=1e-4)  # measured 3e-6
+        torch.testing.assert_close(picture, pictures[0], rtol=0, atol=1e-4)  # measured 8e-7
 
 
 @pytest.mark.parametrize(

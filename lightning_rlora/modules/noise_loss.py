@@ -11,22 +11,21 @@ from torch import Tensor
 
 
 def draw_noise(
-    latents: Tensor, timesteps: int, *, offset: float = 0.0, generator: torch.Generator | None = None
+    latents: Tensor, timesteps: int, generator: torch.Generator, *, offset: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """Noise and a time for every latent.
 
     Args:
         latents: Latents (B, C, h, w).
         timesteps: Number of the schedule's timesteps; each is as probable as any other.
+        generator: Source of the numbers, on any device.
         offset: Strength of offset noise: one more normal number for each example and channel, added to all its pixels,
             which teaches the model to move the mean brightness.
-        generator: Source of the numbers; by default torch's global state, on the latents' device.
 
     Returns:
         Noise like the latents, and times (B,), int64, from 0 to timesteps - 1.
     """
-    device = latents.device if generator is None else generator.device
-    options: dict[str, Any] = {"device": device, "generator": generator}
+    options: dict[str, Any] = {"device": generator.device, "generator": generator}
     noise = torch.randn(latents.shape, dtype=latents.dtype, **options)
     if offset:
         noise = noise + offset * torch.randn((*latents.shape[:2], 1, 1), dtype=latents.dtype, **options)

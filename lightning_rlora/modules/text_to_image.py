@@ -44,8 +44,8 @@ class TextToImage(AdaptedModel):
     """A latent diffusion model whose UNet's adapter is trained; all else is frozen and never stored in a checkpoint.
 
     Any pipeline of the layout of Stable Diffusion 1.5, 2 or XL; whether it predicts noise or velocity is read from its
-    scheduler's configuration. Noise and times of the training come from torch's global random state, which checkpoints
-    hold; those of the evaluation are the same at every one, so that `val/loss` can be compared from step to step.
+    scheduler's configuration. Noise and times of the training follow from torch's global random state, which
+    checkpoints hold; those of the evaluation are always the same, so that `val/loss` compares from step to step.
 
     Subclasses change the loss by `loss`, the data by their DataModule, the optimizer by the factory or
     `configure_optimizers`.
@@ -141,18 +141,30 @@ class TextToImage(AdaptedModel):
 
         Args:
             batch: See the class.
-            generator: Source of noise and times, without the offset noise of the training; by default the global one.
+            generator: Source of noise and times, without the offset noise of the training; by default one that the
+                global state seeds, with other numbers in each process.
+
+        Raises:
+            UserError: If the batch is none of pictures and prompts, or a prompt is too long.
         """
+        if not isinstance(batch, dict) or not {"pixel_values", "prompt"} <= batch.keys():
+            raise UserError("a text-to-image model learns from pixel_values and prompt, which the data do not give")
         latents = self.latents(batch["pixel_values"], batch.get("key"))
         offset = self.noise_offset if generator is None else 0.0
+        generator = generator or self._generator(latents.device)
         self._alphas_cumprod = self._alphas_cumprod.to(latents.device)
-        noise, times = draw_noise(latents, len(self._alphas_cumprod), offset=offset, generator=generator)
+        noise, times = draw_noise(latents, len(self._alphas_cumprod), generator, offset=offset)
         alpha_bar = self._alphas_cumprod[times]
         told = conditions(self.pipeline, batch, truncate=self.truncate_prompts)
         noisy = add_noise(latents, noise, alpha_bar).to(self.pipeline.unet.dtype)
         prediction = self.model(noisy, times, **told).sample
         target = noise if self.prediction == "epsilon" else velocity(latents, noise, alpha_bar)
         return Denoising(prediction, target, alpha_bar)
+
+    def _generator(self, device: torch.device) -> torch.Generator:
+        """One for the batch at hand. The global state is the same in all processes, and so it stays."""
+        seed = int(torch.randint(2**62, ()))
+        return torch.Generator(device).manual_seed(seed + self.global_rank)
 
     def loss(self, batch: dict[str, Any], output: Denoising) -> Tensor:
         """The loss to train on, a scalar: by default the weighted mean squared error of the prediction."""

@@ -11,7 +11,7 @@ from lightning_rlora.adapters import matrix, offset_factors
 from lightning_rlora.adapters.pairs import base_weight
 
 RANK = 2
-TARGETS = {"attention": None, "convolutions too": ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2"]}
+TARGETS = {"attention": None, "convolutions too": ["to_q", "conv1"]}
 
 
 class Stop(Exception):
@@ -58,17 +58,20 @@ def dense_gradients(pipeline, targets, state, batches):
     return [weight.grad.flatten(1).double() for weight in weights], sum(loss.item() for loss in losses) / len(losses)
 
 
-@pytest.mark.parametrize(("kind", "targets", "draws"), [("sd2", "attention", 1), ("sd15", "convolutions too", 3)])
-def test_the_start_holds_the_best_of_the_dense_gradient(kind, targets, draws, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "targets", "batches", "draws"), [("sd2", "attention", 2, 1), ("sd15", "convolutions too", 1, 2)]
+)
+def test_the_start_holds_the_best_of_the_dense_gradient(kind, targets, batches, draws, tmp_path):
     """The paper's settings for diffusion: q = 15, p = r, alpha = -1 / sqrt(r)."""
     pipeline, alpha = saved(tmp_path / "pipeline", kind), -1 / RANK**0.5
-    loi = LocallyOptimalInit(alpha=alpha, batches=2, draws=draws, oversampling=RANK, power_steps=15)
+    loi = LocallyOptimalInit(alpha=alpha, batches=batches, draws=draws, oversampling=RANK, power_steps=15)
     module, state = start(tmp_path, pipeline, TARGETS[targets], loi)
-    gradients, loss = dense_gradients(pipeline, TARGETS[targets], state, [batch(0), batch(1)] * draws)
+    data = [batch(0), batch(1)][:batches] * draws
+    gradients, loss = dense_gradients(pipeline, TARGETS[targets], state, data)
     assert loi.loss_before == pytest.approx(loss, rel=1e-5)
 
     pairs = find_pairs(module)
-    assert len(pairs) == len(gradients) >= 32
+    assert len(pairs) == len(gradients) >= 16
     for pair, g in zip(pairs, gradients, strict=True):
         x0 = pair.scaling * matrix(pair.b).detach().double() @ matrix(pair.a).detach().double()
         u, s, vt = torch.linalg.svd(x0, full_matrices=False)
@@ -76,7 +79,7 @@ def test_the_start_holds_the_best_of_the_dense_gradient(kind, targets, draws, tm
         u, v = u[:, :RANK], vt[:RANK].mT
         tangent = g @ v @ v.mT + u @ (u.mT @ g) - u @ (u.mT @ g @ v) @ v.mT
         best = torch.linalg.svdvals(g)[: 2 * RANK].square().sum()
-        assert tangent.square().sum() > 0.99 * best, pair.name  # measured: the least 0.9999
+        assert tangent.square().sum() > 0.99 * best, pair.name  # measured: the least 0.999998
         left, right = offset_factors(pair)
         torch.testing.assert_close((left @ right).double(), x0, rtol=0, atol=1e-6)
 
@@ -88,4 +91,4 @@ def test_the_start_holds_the_best_of_the_dense_gradient(kind, targets, draws, tm
         torch.manual_seed(5)
         with torch.no_grad():
             outputs.append(model(batch(7)).prediction)
-    torch.testing.assert_close(*outputs, rtol=0, atol=2e-5)  # of values up to 3; measured 3e-6
+    torch.testing.assert_close(*outputs, rtol=0, atol=2e-5)  # of values up to 0.9; measured 9e-7
