@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rlora",
-        description="Fine-tune language models with low-rank adapters on the fixed-rank manifold.",
+        description="Fine-tune language and text-to-image models with low-rank adapters on the fixed-rank manifold.",
         epilog="Start with: rlora fit --config configs/quickstart.yaml. All options: rlora fit --help",
     )
     parser.add_argument("--version", action="version", version=f"lightning-rlora {version('lightning-rlora')}")
