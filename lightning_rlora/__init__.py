@@ -12,23 +12,33 @@ if TYPE_CHECKING:
     from lightning_rlora.callbacks import (
         AdapterInit,
         AdapterOnlyCheckpoint,
+        ImageSimilarity,
         LocallyOptimalInit,
         Retraction,
+        SampleImages,
         SpectrumMonitor,
     )
     from lightning_rlora.data import CaptionedImageData, ClassificationData, DreamBoothData, ReasoningData, TextData
     from lightning_rlora.errors import UserError
     from lightning_rlora.init import locally_optimal_init
-    from lightning_rlora.modules import CausalLM, SequenceClassification
+    from lightning_rlora.modules import CausalLM, SequenceClassification, TextToImage
     from lightning_rlora.optim import RiemannianSGD, Riemannion, WhitenedRiemannion, lora_plus_groups
 
 _HOMES = {
     "adapters": ("export_adapter", "find_pairs", "merge_adapter", "track_offsets"),
-    "callbacks": ("AdapterInit", "AdapterOnlyCheckpoint", "LocallyOptimalInit", "Retraction", "SpectrumMonitor"),
+    "callbacks": (
+        "AdapterInit",
+        "AdapterOnlyCheckpoint",
+        "ImageSimilarity",
+        "LocallyOptimalInit",
+        "Retraction",
+        "SampleImages",
+        "SpectrumMonitor",
+    ),
     "data": ("CaptionedImageData", "ClassificationData", "DreamBoothData", "ReasoningData", "TextData"),
     "errors": ("UserError",),
     "init": ("locally_optimal_init",),
-    "modules": ("CausalLM", "SequenceClassification"),
+    "modules": ("CausalLM", "SequenceClassification", "TextToImage"),
     "optim": ("RiemannianSGD", "Riemannion", "WhitenedRiemannion", "lora_plus_groups"),
 }
 
@@ -40,14 +50,17 @@ __all__ = [
     "CausalLM",
     "ClassificationData",
     "DreamBoothData",
+    "ImageSimilarity",
     "LocallyOptimalInit",
     "ReasoningData",
     "Retraction",
     "RiemannianSGD",
     "Riemannion",
+    "SampleImages",
     "SequenceClassification",
     "SpectrumMonitor",
     "TextData",
+    "TextToImage",
     "UserError",
     "WhitenedRiemannion",
     "export_adapter",

@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rlora",
-        description="Fine-tune language models with low-rank adapters on the fixed-rank manifold.",
+        description="Fine-tune language and text-to-image models with low-rank adapters on the fixed-rank manifold.",
         epilog="Start with: rlora fit --config configs/quickstart.yaml. All options: rlora fit --help",
     )
     parser.add_argument("--version", action="version", version=f"lightning-rlora {version('lightning-rlora')}")
@@ -154,11 +154,9 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _merge(args: argparse.Namespace) -> None:
-    from lightning_rlora.adapters import merge_adapter
     from lightning_rlora.modules.checkpoint import load_module, save_pretrained
 
-    module = load_module(_checkpoint(args.ckpt_path))
-    save_pretrained(merge_adapter(module.model), module.tokenizer, args.output)
+    save_pretrained(args.output, *load_module(_checkpoint(args.ckpt_path)).merged())
     print(f"merged model written to {args.output}")
 
 

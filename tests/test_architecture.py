@@ -29,6 +29,7 @@ ALLOWED = {
 ONLY_IN = {
     "lightning": {"callbacks", "modules", "data", "cli"},
     "peft": {"adapters"},
+    "diffusers": {"adapters", "modules"},
     "jsonargparse": {"cli"},
     "matplotlib": {"callbacks", "bench"},
 }

@@ -1,10 +1,12 @@
-"""Taking an adapter out: PEFT's format for the pristine base, or an ordinary model with the adapter merged in."""
+"""Taking an adapter out: PEFT's format for the pristine base, image tools' for a UNet, or merged into its base."""
 
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from copy import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -13,12 +15,23 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, get_peft_model_st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lightning_rlora.adapters.diffusers_format import (
+    DIFFUSERS_WEIGHTS,
+    KOHYA_WEIGHTS,
+    is_diffusers_unet,
+    write_diffusers_files,
+)
 from lightning_rlora.adapters.offset import offset_factors, untrack_offsets
 from lightning_rlora.adapters.pairs import LoraPair, find_pairs, matrix, scan, with_shared_base
 from lightning_rlora.errors import UserError
 
-_ADAPTER_FILES = {"adapter_config.json", SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, "README.md"}
-"""What PEFT writes into an adapter's folder: all that an export may replace."""
+_ADAPTER_FILES = {
+    *("adapter_config.json", SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, "README.md"),
+    *(DIFFUSERS_WEIGHTS, KOHYA_WEIGHTS),
+}
+"""What PEFT and `write_diffusers_files` write into an adapter's folder: all that an export may replace."""
+
+_PEFT_PREFIX = "base_model.model."
 
 
 @torch.no_grad()
@@ -47,9 +60,12 @@ def export_adapter(model: nn.Module, folder: str | Path, *, truncated: bool = Fa
     Without an offset this is the adapter as it is. With one, the change of the base is c B A - X0 of rank 2r: it is
     saved exactly, as an adapter of rank 2r, or truncated to rank r. Heads and other `modules_to_save` come along.
 
+    The LoRA adapter of a diffusers UNet is also written as `pytorch_lora_weights.safetensors`, which the pipelines'
+    `load_lora_weights(folder)` takes, and, if it is no DoRA, with kohya's names as `kohya_lora.safetensors`.
+
     Args:
         model: The adapted model.
-        folder: Where `adapter_config.json` and `adapter_model.safetensors` go; replaced as a whole once both are
+        folder: Where `adapter_config.json` and `adapter_model.safetensors` go; replaced as a whole once all is
             written.
         truncated: Cut each change to the rank it was trained with.
 
@@ -73,8 +89,8 @@ def export_adapter(model: nn.Module, folder: str | Path, *, truncated: bool = Fa
     shifted = [pair for pair in pairs if offset_factors(pair) is not None]
     _settle_start(config, shifted=bool(shifted))
     worst = 0.0
+    ranks, alphas = _ranks_and_alphas(model, adapters[0])
     if shifted:
-        ranks, alphas = _ranks_and_alphas(model, adapters[0])
         for pair in shifted:
             left, right = update_factors(pair)
             if truncated:
@@ -86,9 +102,23 @@ def export_adapter(model: nn.Module, folder: str | Path, *, truncated: bool = Fa
         _set_ranks(config, ranks, alphas)
     config.inference_mode = True
     if not isinstance(model, PeftModel):
-        state = {f"base_model.model.{key}": value for key, value in state.items()}
-    _write(Path(folder), config, state)
+        state = {f"{_PEFT_PREFIX}{key}": value for key, value in state.items()}
+    # clones, for safetensors refuses tied tensors
+    state = {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
+
+    def write(new: Path) -> None:
+        config.save_pretrained(str(new))
+        save_file(state, new / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        if is_diffusers_unet(model):
+            write_diffusers_files(new, config, *(_without_prefix(part) for part in (state, ranks, alphas)))
+
+    _write(Path(folder), write)
     return worst
+
+
+def _without_prefix(named: dict[str, Any]) -> dict[str, Any]:
+    """Entries by their names in the base model."""
+    return {name.removeprefix(_PEFT_PREFIX): value for name, value in named.items()}
 
 
 def _settle_start(config: LoraConfig, *, shifted: bool) -> None:
@@ -120,7 +150,7 @@ def _set_ranks(config: LoraConfig, ranks: dict[str, int], alphas: dict[str, floa
     """Write ranks and alphas by name into a configuration: the largest rank as the rule, the rest as patterns."""
     config.r = config.lora_alpha = max(ranks.values())
     config.use_rslora = False
-    patterns = {name: f"^{re.escape(name.removeprefix('base_model.model.'))}" for name in ranks}
+    patterns = {name: f"^{re.escape(name.removeprefix(_PEFT_PREFIX))}" for name in ranks}
     config.rank_pattern = {patterns[name]: rank for name, rank in ranks.items() if rank != config.r}
     config.alpha_pattern = {patterns[name]: alpha for name, alpha in alphas.items() if alpha != config.lora_alpha}
 
@@ -138,8 +168,8 @@ def _replace_factors(state: dict[str, Tensor], pair: LoraPair, left: Tensor, rig
         state[bias] = pair.scaling * state[bias]
 
 
-def _write(folder: Path, config: LoraConfig, state: dict[str, Tensor]) -> None:
-    """Write both files into a folder beside the goal first, so that nothing half written is left under its name."""
+def _write(folder: Path, write: Callable[[Path], None]) -> None:
+    """Write all files into a folder beside the goal first, so that nothing half written is left under its name."""
     folder = folder.resolve()
     if folder.exists() and not (folder.is_dir() and {entry.name for entry in folder.iterdir()} <= _ADAPTER_FILES):
         raise UserError(f"{folder} holds something that is not an adapter: choose an empty or a new folder")
@@ -148,10 +178,7 @@ def _write(folder: Path, config: LoraConfig, state: dict[str, Tensor]) -> None:
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         new, old = partial / "new", partial / "old"
-        config.save_pretrained(str(new))
-        # clones, for safetensors refuses tied tensors
-        tensors = {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
-        save_file(tensors, new / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        write(new)
         if folder.exists():
             folder.replace(old)
         try:

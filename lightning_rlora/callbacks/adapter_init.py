@@ -75,6 +75,7 @@ class AdapterInit(Initialisation):
 
         @torch.no_grad()
         def measured() -> float:
+            torch.manual_seed(self.seed)  # a loss that draws noise draws the same before and after
             return float(trainer.strategy.reduce(loss(batches[0]), reduce_op="mean"))
 
         with quiet(module), isolate_rng():

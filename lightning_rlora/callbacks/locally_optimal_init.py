@@ -32,6 +32,8 @@ class LocallyOptimalInit(Initialisation):
     Args:
         alpha: All singular values of the start are |alpha|; by default the paper's -0.01 / sqrt(r).
         batches: Number of training batches whose mean gradient is used.
+        draws: Times that each of them is used. More than one makes sense where the loss itself is random, as a
+            diffusion model's by its noise: each draws anew, and all are the same in every pass.
         oversampling: Extra columns of the sketches beyond 2r.
         power_steps: Power iterations; each costs two more passes.
         offset: `subtract` shifts the base by X0, so that the function is unchanged. `none` leaves the base alone, and
@@ -52,6 +54,7 @@ class LocallyOptimalInit(Initialisation):
         self,
         alpha: float | None = None,
         batches: int = 1,
+        draws: int = 1,
         oversampling: int = 16,
         power_steps: int = 1,
         offset: Literal["subtract", "none", "auto"] = "auto",
@@ -60,13 +63,14 @@ class LocallyOptimalInit(Initialisation):
     ) -> None:
         if alpha == 0:
             raise UserError("alpha = 0 of LocallyOptimalInit is no point of the manifold: give another size")
-        if batches < 1 or oversampling < 0 or power_steps < 0:
-            raise UserError("LocallyOptimalInit needs batches >= 1, oversampling >= 0 and power_steps >= 0")
+        if batches < 1 or draws < 1 or oversampling < 0 or power_steps < 0:
+            raise UserError("LocallyOptimalInit needs batches >= 1, draws >= 1, oversampling >= 0 and power_steps >= 0")
         if offset not in ("subtract", "none", "auto"):
             raise UserError(f"unknown offset {offset!r} of LocallyOptimalInit: use subtract, none or auto")
         super().__init__(seed, loss)
         self.alpha = alpha
         self.batches = batches
+        self.draws = draws
         self.oversampling = oversampling
         self.power_steps = power_steps
         self.offset = offset
@@ -76,7 +80,7 @@ class LocallyOptimalInit(Initialisation):
     def initialise(self, trainer: Trainer, module: LightningModule) -> None:
         """Run the passes, and keep what they found."""
         loss = self._loss or training_step_loss(module)
-        batches = first_batches(trainer, module, self.batches)
+        batches = first_batches(trainer, module, self.batches) * self.draws
 
         def mean_loss(run: Callable[[Tensor], object]) -> float:
             total = 0.0

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-FILES = ("metrics.csv", "loss.png", "spectrum.csv", "spectrum.png", "cost.json", "checkpoints", "adapter")
+FILES = ("metrics.csv", "loss.png", "spectrum.csv", "spectrum.png", "cost.json", "samples", "checkpoints", "adapter")
 """What a run leaves in its folder, beside its config.yaml."""
 
 

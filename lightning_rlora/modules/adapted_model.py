@@ -20,6 +20,7 @@ from lightning_rlora.adapters import (
     check_adapter,
     keep_adapter,
     load_adapter,
+    merge_adapter,
     scan,
     track_offsets,
 )
@@ -39,7 +40,7 @@ class AdaptedModel(LightningModule, ABC):
 
     Args:
         model: The pretrained model.
-        task_type: PEFT's name of what the model does, such as `CAUSAL_LM`.
+        task_type: PEFT's name of what the model does, such as `CAUSAL_LM`; None if it has none.
         adapter: Fields of PEFT's configuration of a new adapter; `target_modules` is `all-linear` if left out.
         adapter_path: Folder of a saved PEFT adapter to train further, in place of a new one.
         optimizer: Makes the optimizer from parameter groups; by default Riemannion with its own defaults.
@@ -56,7 +57,7 @@ class AdaptedModel(LightningModule, ABC):
         self,
         model: nn.Module,
         *,
-        task_type: str,
+        task_type: str | None,
         adapter: dict[str, Any] | None,
         adapter_path: str | None,
         optimizer: Callable[[Iterable], Optimizer] | None,
@@ -100,6 +101,10 @@ class AdaptedModel(LightningModule, ABC):
     @abstractmethod
     def loss(self, batch: Any, output: Any) -> Tensor:
         """The loss to train on, a scalar."""
+
+    def merged(self) -> list[Any]:
+        """An ordinary model with the adapter merged in, and what is saved with it. The module is used up."""
+        return [merge_adapter(self.model), self.tokenizer]
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss of a batch, logged as train/loss; one that is not finite ends the run (see `FiniteLoss`)."""

@@ -34,8 +34,12 @@ def load_module(path: str | Path) -> Any:
         return module_class.load_from_checkpoint(path, map_location="cpu", weights_only=True).eval()
 
 
-def save_pretrained(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Save a transformers model and its tokenizer into a new or empty folder, as a whole or not at all.
+def save_pretrained(folder: Path, *parts: Any) -> None:
+    """Save a model and its tokenizer, or a pipeline, into a new or empty folder, as a whole or not at all.
+
+    Args:
+        folder: Where to.
+        parts: What has a `save_pretrained` of its own, all into this folder.
 
     Raises:
         UserError: If the folder holds something.
@@ -45,8 +49,8 @@ def save_pretrained(model: Any, tokenizer: Any, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+        for part in parts:
+            part.save_pretrained(partial)
         partial.chmod(0o755)
         partial.replace(folder)
     finally:

@@ -77,5 +77,5 @@ TOKENIZERS = {
 
 def save(kind: str, folder: Path) -> str:
     """Save a tiny model of a kind into a folder; returns its path."""
-    save_pretrained(build(kind), TOKENIZERS[kind](), folder)
+    save_pretrained(folder, build(kind), TOKENIZERS[kind]())
     return str(folder)

@@ -236,13 +236,13 @@ def test_other_architectures(tmp_path):
         ),
     }
     for name, model in models.items():
-        save_pretrained(model, tokenizer, tmp_path / name)
+        save_pretrained(tmp_path / name, model, tokenizer)
         module = CausalLM(base=str(tmp_path / name), adapter=ADAPTER, optimizer=lambda g: Riemannion(g, lr=0.1))
         quiet_trainer(tmp_path, max_steps=3).fit(module, DataLoader([make_batch(0)] * 3, batch_size=None))
         assert all(get_offset(pair) is not None for pair in find_pairs(module))
         assert all(torch.isfinite(p).all() for p in module.parameters())
     with pytest.raises(UserError, match="not empty"):
-        save_pretrained(models["gpt2"], tokenizer, tmp_path / "gpt2")
+        save_pretrained(tmp_path / "gpt2", models["gpt2"], tokenizer)
 
 
 @pytest.mark.parametrize("training", [True, False])

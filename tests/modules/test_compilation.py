@@ -29,7 +29,7 @@ def base(tmp_path_factory):
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=4096, num_hidden_layers=1, initializer_range=0.2, **sizes))
-    save_pretrained(model, load_tokenizer("embedded:tiny-lm", trust_remote_code=False), folder)
+    save_pretrained(folder, model, load_tokenizer("embedded:tiny-lm", trust_remote_code=False))
     return str(folder)
 
 

@@ -1,0 +1,155 @@
+"""How much a subject's sampled pictures look like it, and like what the prompts say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_rlora.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+
+
+class ImageSimilarity(Callback):
+    """At each validation, samples pictures of a subject and compares them with photos of it and with the prompts.
+
+    Two numbers of the DreamBooth paper (arXiv 2208.12242) are logged. `val/image_similarity` is the mean cosine between
+    DINO's class tokens of every sampled picture and every photo; `val/text_similarity` is the mean cosine between
+    CLIP's embeddings of each picture and of its description. Sampling leaves the random state of the training as it is.
+
+    Args:
+        references: Folder of photos of the subject.
+        prompts: What to draw.
+        descriptions: What each prompt's pictures should show in words that CLIP knows, without the subject's token; by
+            default the prompts.
+        seeds: One picture of each prompt for each.
+        dino: Hub id or folder of a vision transformer whose class token describes a picture.
+        clip: Hub id or folder of a CLIP model.
+        num_inference_steps: Steps of the sampler.
+        guidance_scale: Strength of classifier-free guidance.
+
+    Raises:
+        UserError: If there is no prompt, seed or photo, a photo cannot be read, or the descriptions are not as many as
+            the prompts.
+    """
+
+    def __init__(
+        self,
+        references: str,
+        prompts: list[str],
+        descriptions: list[str] | None = None,
+        seeds: Sequence[int] = (0, 1, 2, 3),
+        dino: str = "facebook/dino-vits16",
+        clip: str = "openai/clip-vit-large-patch14",
+        num_inference_steps: int = 30,
+        guidance_scale: float = 7.5,
+    ) -> None:
+        if not prompts or not seeds:
+            raise UserError("ImageSimilarity needs at least one prompt and one seed")
+        if descriptions is not None and len(descriptions) != len(prompts):
+            raise UserError(f"ImageSimilarity has {len(prompts)} prompts and {len(descriptions)} descriptions")
+        self.prompts = list(prompts)
+        self.descriptions = list(descriptions or prompts)
+        self.seeds = list(seeds)
+        self.num_inference_steps = num_inference_steps
+        self.guidance_scale = guidance_scale
+        self._photos = _read_photos(Path(references))
+        self._names = dino, clip
+        self._models: tuple[Any, Any, Any, Any] | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Load DINO and CLIP, before anything is trained.
+
+        Raises:
+            UserError: If one of them cannot be loaded, or the module cannot sample.
+        """
+        if not callable(getattr(pl_module, "sample", None)):
+            raise UserError(
+                f"ImageSimilarity needs a module with a method sample(prompts, seeds), such as TextToImage, and not "
+                f"{type(pl_module).__name__}"
+            )
+        if self._models is None:
+            with isolate_rng():
+                self._models = _load(*self._names)
+
+    @torch.no_grad()
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Sample, compare and log; in every process the same, so that all know the numbers."""
+        assert self._models is not None
+        dino, dino_processor, clip, clip_processor = self._models
+        pictures: list[Image] = []
+        with isolate_rng(), trainer.precision_plugin.forward_context():
+            for prompt in self.prompts:
+                pictures += pl_module.sample(
+                    [prompt] * len(self.seeds),
+                    self.seeds,
+                    num_inference_steps=self.num_inference_steps,
+                    guidance_scale=self.guidance_scale,
+                )
+        device = pl_module.device
+        with torch.autocast(device.type, enabled=False):
+            for model in (dino, clip):
+                model.to(device)
+            subject = class_tokens(dino, dino_processor, self._photos)
+            alike = (class_tokens(dino, dino_processor, pictures) @ subject.mT).mean()
+            texts = [text for text in self.descriptions for _ in self.seeds]
+            fits = text_similarities(clip, clip_processor, pictures, texts).mean()
+            for model in (dino, clip):
+                model.to("cpu")  # the training needs the room
+        pl_module.log("val/image_similarity", alike)
+        pl_module.log("val/text_similarity", fits)
+
+
+def class_tokens(model: Any, processor: Any, pictures: list[Image]) -> Tensor:
+    """A vision transformer's class tokens after its last layer, of length 1, (pictures, width)."""
+    pixels = processor(images=pictures, return_tensors="pt").pixel_values.to(model.device)
+    return F.normalize(model(pixels).last_hidden_state[:, 0], dim=-1)
+
+
+def text_similarities(model: Any, processor: Any, pictures: list[Image], texts: list[str]) -> Tensor:
+    """The cosine between CLIP's embeddings of each picture and of its text, (pictures,)."""
+    inputs = processor(images=pictures, text=texts, padding=True, truncation=True, return_tensors="pt").to(model.device)
+    output = model(**inputs)
+    return F.cosine_similarity(output.image_embeds, output.text_embeds)
+
+
+def _load(dino: str, clip: str) -> tuple[Any, Any, Any, Any]:
+    """Both models, in float32 and evaluation mode, each with its processor."""
+    from transformers import AutoImageProcessor, AutoModel, CLIPModel, CLIPProcessor
+
+    loaded: list[Any] = []
+    for name, model, processor in ((dino, AutoModel, AutoImageProcessor), (clip, CLIPModel, CLIPProcessor)):
+        try:
+            loaded += [model.from_pretrained(name).eval(), processor.from_pretrained(name)]
+        except (OSError, ValueError, ImportError, KeyError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"ImageSimilarity cannot load {name!r}: {reason[:200]}") from error
+    return loaded[0], loaded[1], loaded[2], loaded[3]
+
+
+def _read_photos(folder: Path) -> list[Image]:
+    from PIL import Image
+
+    if not folder.is_dir():
+        raise UserError(f"ImageSimilarity compares with photos in a folder, and {folder} is none")
+    photos = []
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in _SUFFIXES:
+            try:
+                with Image.open(path) as photo:
+                    photos.append(photo.convert("RGB"))
+            except (OSError, ValueError) as error:
+                raise UserError(f"ImageSimilarity cannot read the photo {path}: {error}") from error
+    if not photos:
+        raise UserError(f"ImageSimilarity finds no photo in {folder}: it looks for {', '.join(sorted(_SUFFIXES))}")
+    return photos
