@@ -15,7 +15,6 @@ from peft import (
     PeftConfig,
     PeftModel,
     get_peft_model,
-    prepare_model_for_kbit_training,
 )
 from peft.utils import (
     SAFETENSORS_WEIGHTS_NAME,
@@ -93,7 +92,7 @@ def adapt(model: nn.Module, config: PeftConfig) -> PeftModel:
                 f"out, and add the callback AdapterInit with start {wanted}"
             )
     try:
-        return get_peft_model(prepare(model), config)
+        return get_peft_model(model, config)
     except (ValueError, TypeError, re.error) as error:
         raise UserError(f"the adapter does not fit the base model: {_one_line(error)}") from error
 
@@ -110,7 +109,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> PeftModel:
     if not any((folder / name).is_file() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
         raise UserError(f"the adapter in {folder} has no weights: there is no {SAFETENSORS_WEIGHTS_NAME} in it")
     try:
-        adapted = PeftModel.from_pretrained(prepare(model), folder, is_trainable=True)
+        adapted = PeftModel.from_pretrained(model, folder, is_trainable=True)
         saved = _factor_keys(load_peft_weights(str(folder), device="cpu"))
     except (SafetensorError, json.JSONDecodeError, pickle.UnpicklingError, EOFError) as error:
         raise UserError(f"the adapter in {folder} is broken: {_one_line(error)}") from error
@@ -121,13 +120,6 @@ def load_adapter(model: nn.Module, folder: str | Path) -> PeftModel:
     if odd:
         raise UserError(f"the adapter in {folder} does not fit the base model: {min(odd)} is in only one of them")
     return adapted
-
-
-def prepare(model: nn.Module) -> nn.Module:
-    """Make a quantised base ready to be adapted; any other is returned as it is."""
-    if getattr(model, "is_quantized", False):
-        return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    return model
 
 
 def float32_heads(model: nn.Module) -> None:

@@ -47,7 +47,7 @@ class CausalLM(AdaptedModel):
         lr_ratio: LoRA+: the learning rate of B over that of A, which is the optimizer's (see `lora_plus_groups`; 16 is
             the authors' advice). Goes with optimizers of torch's kind, not with those that move A and B together.
         dtype: Of the base's weights; the adapter's are float32 in any case.
-        quantization: Load the base in 4 bits (NF4) or 8 bits with bitsandbytes.
+        quantization: Load the base's linear layers in 4 bits (NF4) or 8 bits with bitsandbytes; the rest is in dtype.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         compile: Run the model through torch.compile: the same losses and faster steps, after a pause at the first
             training batch and at the first evaluated one. Generation and locally optimal initialisation run uncompiled.

@@ -105,6 +105,17 @@ def test_quantised_bases_train_on_the_cpu(quantization, tmp_path):
     assert losses[-1] < losses[0] - 0.5
 
 
+def test_what_is_not_quantised_has_the_dtype_asked_for():
+    """In float32, as PEFT's preparation for k-bit training leaves it, activations would take twice the memory."""
+    pytest.importorskip("bitsandbytes")
+    module = CausalLM(adapter=ADAPTER, quantization="4bit", dtype="bfloat16")
+    kinds = {p.dtype for p in module.model.parameters() if not p.requires_grad and type(p).__name__ != "Params4bit"}
+    assert kinds == {torch.bfloat16}
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = module.model(**make_batch(0), output_hidden_states=True).hidden_states
+    assert {x.dtype for x in hidden} == {torch.bfloat16}
+
+
 def test_gradient_checkpointing_changes_no_gradient():
     gradients = []
     for flag in (False, True):
