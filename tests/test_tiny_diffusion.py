@@ -94,16 +94,16 @@ def test_the_training_record_and_the_sheet_lie_beside_the_model(trained, parquet
     record = json.loads((trained / "training.json").read_text())
     assert [point["step"] for point in record["curve"]] == sorted(point["step"] for point in record["curve"])
     assert set(record["held_out_loss"]) == {"flat", "glossy-3d", "all"}
-    assert Image.open(trained / "samples.png").height >= 6 * 64
+    assert Image.open(trained / "samples.png").height == 12 * 64  # six wishes, six held-out captions
     assert not trained.with_name("tiny_diffusion.partial").exists()
     held_out.main(["--pipeline", str(trained), "--pictures", str(parquet)])
     judged = json.loads(capsys.readouterr().out)
     assert judged["prediction_type"] == "v_prediction"
-    assert judged["loss"] == pytest.approx(record["held_out_loss"], rel=1e-4)  # equal to the last digit here
+    assert judged["loss"] == pytest.approx(record["held_out_loss"], abs=2e-5)  # both rounded to 1e-5
 
 
 def test_latents_have_mean_zero_and_the_noted_deviation(parquet):
-    """Shifting the latents' mean into the convolutions changes no picture (measured 2e-7)."""
+    """Shifting the latents' mean into the convolutions changes no picture (measured 5e-6)."""
     torch.manual_seed(0)
     shapes = pictures.read_pictures([parquet], "train")
     vae = networks.build_vae(networks.TINY, 32)
@@ -113,9 +113,9 @@ def test_latents_have_mean_zero_and_the_noted_deviation(parquet):
         train.standardise(vae, shapes)
         latents = vae.encode(pixels).latent_dist.mean
         after = vae.decode(latents).sample
-    assert (after - before).abs().max() < 1e-5
-    assert latents.mean((0, 2, 3)).abs().max() < 1e-5  # measured 1e-7
-    assert (latents * vae.config.scaling_factor).std().item() == pytest.approx(1.0, abs=1e-3)
+    assert (after - before).abs().max() < 5e-5
+    assert latents.mean((0, 2, 3)).abs().max() < 1e-6  # measured 3e-8, of 0.25 before
+    assert (latents * vae.config.scaling_factor).std().item() == pytest.approx(1.0, abs=1e-4)  # measured 1e-6
 
 
 def test_every_text_has_tokens_of_its_own(trained):
@@ -173,8 +173,8 @@ def test_batches_say_what_they_show(parquet):
     assert sum("orange " in prompt.split(" on ")[0] for prompt in shown) < 120  # variants are rare: 65 expected
 
 
-def test_held_out_loss_of_a_perfect_and_a_blind_network(parquet):
-    """A network that answers zero scores the mean square of its target; both by hand in the test."""
+def test_held_out_loss_of_a_blind_network(parquet):
+    """A network that answers zero scores the mean square of its target, here from the definition of v."""
     shapes = pictures.read_pictures([parquet], "test")
     tokenizer = networks.train_tokenizer(shapes.captions)
     torch.manual_seed(0)
@@ -207,8 +207,13 @@ def test_the_image_encoder_loads_with_transformers(parquet, tmp_path):
     precision = torch.get_float32_matmul_precision()
     image_encoder.main(arguments)
     torch.set_float32_matmul_precision(precision)
-    encoder, processor = AutoModel.from_pretrained(output), AutoImageProcessor.from_pretrained(output)
-    inputs = processor(images=[drawn("bar", "red", 50)], return_tensors="pt")
-    assert inputs["pixel_values"].shape == (1, 3, 32, 32)
-    assert encoder(**inputs).last_hidden_state.shape == (1, 17, 32)
     assert "same_name" in json.loads((output / "training.json").read_text())["curve"][-1]
+    encoder, found = AutoModel.from_pretrained(output, output_loading_info=True)
+    assert not found["missing_keys"] and not found["unexpected_keys"]
+    assert encoder(torch.zeros(1, 3, 32, 32)).last_hidden_state.shape == (1, 17, 32)
+    try:
+        processor = AutoImageProcessor.from_pretrained(output)
+    except ImportError:
+        pytest.skip("this version of transformers has image processors with torchvision only")
+    pixels = processor(images=[Image.new("RGB", (50, 50), "white")], return_tensors="pt")["pixel_values"]
+    assert torch.equal(pixels, torch.ones(1, 3, 32, 32))

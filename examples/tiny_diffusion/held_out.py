@@ -50,9 +50,9 @@ def prediction_loss(vae, text_encoder, tokenizer, unet, scheduler, pictures: Pic
 
 
 def draw_sheet(pipeline: StableDiffusionPipeline, prompts: list[str], pictures: list[Image.Image | None], path: Path):
-    """A row for every prompt: its words, the true picture where there is one, and four samples."""
+    """A row for every prompt: its words, the true picture where there is one, and six samples."""
     pipeline.set_progress_bar_config(disable=True)
-    size, columns, words = 128, 4, 300
+    size, columns, words = 64, 6, 300
     samples = pipeline(
         [prompt for prompt in prompts for _ in range(columns)],
         num_inference_steps=STEPS,

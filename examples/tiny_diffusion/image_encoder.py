@@ -58,7 +58,7 @@ def build_encoder(size: int, tiny: bool) -> ViTModel:
         num_attention_heads=max(1, width // 64),
         intermediate_size=4 * width,
     )
-    return ViTModel(config, add_pooling_layer=False)
+    return ViTModel(config)
 
 
 def crops(pixels: Tensor, generator: torch.Generator) -> Tensor:

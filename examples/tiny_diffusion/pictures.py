@@ -68,10 +68,15 @@ def read_pictures(paths: list[Path], split: str) -> Pictures:
 
 def prompts_about(caption: str, name: str, style: str) -> list[str]:
     """Every prompt for one picture: as it is, then once for each coloured background."""
-    article = "an" if name[:1].lower() in set("aeiou") else "a"
-    words = {"caption": caption, "name": name, "a": article, "style": style.replace("-", " ")}
+    words = {"caption": caption, "name": name, "a": article(name), "style": style.replace("-", " ")}
     plain = [prompt.format(**words) for prompt in PROMPTS]
-    return plain + [f"{plain[1 + i % 4]} on a {colour} background" for i, colour in enumerate(BACKGROUNDS)]
+    return plain + [
+        f"{plain[1 + i % 4]} on {article(colour)} {colour} background" for i, colour in enumerate(BACKGROUNDS)
+    ]
+
+
+def article(noun: str) -> str:
+    return "an" if noun[:1].lower() in {*"aeiou"} else "a"
 
 
 def backdrop(pixels: Tensor) -> Tensor:
@@ -148,8 +153,8 @@ def moved(pixels: Tensor, mirrored: Tensor, generator: torch.Generator) -> Tenso
 def varied(pixels: Tensor, generator: torch.Generator) -> Tensor:
     """Pictures (B, 3, S, S) in [-1, 1] as an autoencoder should also know them, nearer to photos.
 
-    Half are left alone. The others are zoomed and blended with their neighbour in the batch along a soft random
-    mask, and their colours are permuted, dimmed and shifted.
+    Most are left alone. The others are zoomed in or out and blended with their neighbour in the batch along a soft
+    random mask, and their colours are permuted, dimmed and shifted.
     """
     batch, _, size, _ = pixels.shape
     device = pixels.device
@@ -157,7 +162,7 @@ def varied(pixels: Tensor, generator: torch.Generator) -> Tensor:
     def uniform(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=generator, device=device)
 
-    scale = 0.4 + 0.6 * uniform(batch, 1)
+    scale = 0.6 + 0.9 * uniform(batch, 1)
     centre = (1 - scale) * (2 * uniform(batch, 2) - 1)
     affine = torch.diag_embed(scale.expand(-1, 2))
     grid = F.affine_grid(torch.cat([affine, centre[:, :, None]], 2), list(pixels.shape), align_corners=False)
@@ -168,4 +173,4 @@ def varied(pixels: Tensor, generator: torch.Generator) -> Tensor:
     channels = uniform(batch, 3).argsort(1)
     blended = blended.gather(1, channels[:, :, None, None].expand_as(blended))
     blended = (blended * (0.4 + 0.6 * uniform(batch, 1, 1, 1)) + 0.4 * (2 * uniform(batch, 3, 1, 1) - 1)).clamp(-1, 1)
-    return torch.where(uniform(batch, 1, 1, 1) < 0.5, pixels, blended)
+    return torch.where(uniform(batch, 1, 1, 1) < 0.6, pixels, blended)

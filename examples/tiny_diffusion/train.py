@@ -175,7 +175,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=7.0, help="from reading to the last sample")
     parser.add_argument("--batch", type=int, default=512, help="pictures a step of UNet and text encoder")
     parser.add_argument("--vae-batch", type=int, default=256)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=6e-4)
     parser.add_argument("--vae-lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tiny", action="store_true", help="very small networks, to try the script")
