@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from optimise import optimise
 from pictures import Pictures, read_pictures
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.nn import functional as F
-from train import optimise
 from transformers import ViTConfig, ViTModel
 
 TEMPERATURE = 0.1

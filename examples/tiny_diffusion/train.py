@@ -11,9 +11,7 @@ and `samples.png`. README.md beside this file names the data.
 import argparse
 import copy
 import json
-import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import diffusers
@@ -32,6 +30,7 @@ from networks import (
     save_pipeline,
     train_tokenizer,
 )
+from optimise import optimise
 from pictures import Pictures, Prompted, prompts_about, read_pictures, varied
 from PIL import Image
 from torch import Tensor
@@ -39,7 +38,6 @@ from torch.nn import functional as F
 
 VAE_SHARE = 0.3  # of the time
 KL_WEIGHT = 5e-4
-REPORTS = 10  # a stage
 EMA = 0.999
 WISHES = [
     "a cat",
@@ -49,47 +47,6 @@ WISHES = [
     "an apple on a purple background",
     "a house, fluent 3d style",
 ]
-
-
-def learning_rate(progress: float, peak: float) -> float:
-    """Warm up over 2 %, then fall along half a cosine to zero."""
-    return peak * min(progress / 0.02, 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0))))
-
-
-def optimise(
-    loss_of_batch: Callable[[], Tensor],
-    parameters: list[Tensor],
-    seconds: float,
-    lr: float,
-    after_step: Callable[[int], None],
-    report: Callable[[], dict],
-) -> list[dict]:
-    """AdamW for so many seconds; the reports of the way, each with its step and training loss."""
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    curve: list[dict] = []
-    start, step, next_report = time.perf_counter(), 0, 0.0
-    while (progress := (time.perf_counter() - start) / seconds) < 1.0:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(progress, lr)
-        loss = loss_of_batch()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        step += 1
-        after_step(step)
-        if progress >= next_report:
-            curve.append({"step": step, "seconds": round(progress * seconds, 1), "loss": round(loss.item(), 5)})
-            if not math.isfinite(loss.item()):
-                raise SystemExit(f"the loss is {loss.item()} at step {step}: try a lower --lr")
-            curve[-1] |= report()
-            print(json.dumps(curve[-1]), flush=True)
-            next_report = progress + 1 / REPORTS
-        elif step % 20 == 0:
-            loss.item()  # keep the clock honest: the schedule must not run ahead of the device
-    curve.append({"step": step, "seconds": round(seconds, 1), **report()})
-    print(json.dumps(curve[-1]), flush=True)
-    return curve
 
 
 def reconstruction_loss(pixels: Tensor, rebuilt: Tensor) -> Tensor:
