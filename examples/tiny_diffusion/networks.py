@@ -118,7 +118,6 @@ def build_scheduler() -> DDIMScheduler:
         prediction_type="v_prediction",
         timestep_spacing="trailing",
         clip_sample=False,
-        set_alpha_to_one=False,
         steps_offset=1,
     )
 

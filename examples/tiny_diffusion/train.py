@@ -37,7 +37,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 VAE_SHARE = 0.3  # of the time
-KL_WEIGHT = 5e-4
+KL_WEIGHT = 2e-3  # enough that the decoder bears small errors of the UNet
 EMA = 0.999
 WISHES = [
     "a cat",
