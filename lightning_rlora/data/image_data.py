@@ -76,9 +76,19 @@ class ImageData(ResumableData):
         views = [[pictures.centred(number) for number in batch] for batch in batches]
         return ImageLoader(pictures, lambda epoch: views, num_workers=self.num_workers, **self._processes())
 
+    def test_dataloader(self) -> Any:
+        """Refuses: `rlora validate` measures."""
+        raise UserError("image data have no part to test on: measure with `rlora validate`")
+
+    def predict_dataloader(self) -> Any:
+        """Refuses: pictures are sampled."""
+        raise UserError("image data have nothing to predict on: sample pictures with the callback SampleImages")
+
     def _pictures(self, stage: str) -> Pictures:
         if stage not in self._read_pictures:
             pictures = self._read(stage)
+            if check_prompts := getattr(self._module, "check_prompts", None):
+                check_prompts(list(dict.fromkeys(prompt for picture in pictures for prompt in picture.prompts)))
             _warn_of_upscaling(stage, pictures)
             self._read_pictures[stage] = Pictures(pictures)
         return self._read_pictures[stage]
