@@ -18,7 +18,7 @@ def write_atomically(path: Path, content: bytes) -> None:
         partial.write_bytes(content)
         partial.replace(path)
     except BaseException as error:
-        if isinstance(error, OSError):  # a full disk does not say whose
-            error.filename = error.filename or str(path)
+        if isinstance(error, OSError):  # a full disk names no file, and the partial one's name says little
+            error.filename = str(path)
         partial.unlink(missing_ok=True)
         raise

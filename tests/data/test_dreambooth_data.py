@@ -148,6 +148,7 @@ def test_the_command_line_knows_it_by_its_short_name(capsys):
         ({"repeats": 0}, "repeats is 0"),
         ({"num_class_images": 3}, "num_class_images needs class_images"),
         ({"class_images": "absent"}, "there is no folder 'absent'"),
+        ({"class_images": "dog/0.jpg", "num_class_images": 2}, r"class_images: 'dog/0\.jpg' is a file: name a folder"),
         ({"class_images": "absent", "prior_weight": 0}, "prior_weight is 0"),
         ({"class_images": "absent", "num_class_images": 200}, "holds 0 of 200 images: add 200, lower num_class_images"),
     ],
