@@ -87,11 +87,15 @@ class ImageData(ResumableData):
     def _pictures(self, stage: str) -> Pictures:
         if stage not in self._read_pictures:
             pictures = self._read(stage)
-            if check_prompts := getattr(self._module, "check_prompts", None):
-                check_prompts(list(dict.fromkeys(prompt for picture in pictures for prompt in picture.prompts)))
+            self._check_prompts(list(dict.fromkeys(prompt for picture in pictures for prompt in picture.prompts)))
             _warn_of_upscaling(stage, pictures)
             self._read_pictures[stage] = Pictures(pictures)
         return self._read_pictures[stage]
+
+    def _check_prompts(self, prompts: list[str]) -> None:
+        """Let the module refuse prompts before it is trained."""
+        if check := getattr(self._module, "check_prompts", None):
+            check(prompts)
 
     def _views(self, pictures: Pictures, numbers: Sequence[int], generator: np.random.Generator) -> list[View]:
         """One showing of each of the pictures with these numbers, drawn as the options say."""

@@ -1,6 +1,7 @@
 """DreamBoothData as it is used: photos, prompts, class images drawn on demand, and one line for bad input."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -158,6 +159,18 @@ def test_one_line_for_bad_input(tmp_path, monkeypatch, options, message):
     with pytest.raises(UserError, match=message) as raised:
         data(**{"images": photos(tmp_path / "dog"), **options}).train_dataloader()
     assert "\n" not in str(raised.value) and not (tmp_path / "absent").exists()
+
+
+def test_the_module_may_refuse_prompts_before_training(tmp_path):
+    class Module:
+        def check_prompts(self, prompts):
+            assert prompts == ["a photo of sks dog", "a photo of dog"]
+            raise UserError("too long")
+
+    module = data(photos(tmp_path), class_images=str(tmp_path))
+    module.trainer = SimpleNamespace(lightning_module=Module())
+    with pytest.raises(UserError, match="too long"):
+        module.setup("fit")
 
 
 def test_a_broken_photo_is_found_before_training(tmp_path):
