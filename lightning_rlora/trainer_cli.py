@@ -76,12 +76,31 @@ def condense(message: str) -> str:
 
 
 class SaveFitConfig(SaveConfigCallback):
-    """Saves the configuration of a training run; measuring or predicting must not replace it."""
+    """Saves the configuration of a training run; measuring or predicting must not replace it.
+
+    It does so when the run begins, with the first validation or training step: data or a checkpoint that cannot be read
+    leave an earlier run's configuration alone.
+    """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Save if this is a fit."""
-        if stage == "fit":
-            super().setup(trainer, pl_module, stage)
+        """Wait."""
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save."""
+        super().setup(trainer, pl_module, "fit")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save, if there was no validation before."""
+        super().setup(trainer, pl_module, "fit")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save, if a resumed run had no step left."""
+        super().setup(trainer, pl_module, "fit")
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write the file as a whole."""
+        config = self.parser.dump(self.config, skip_none=False)
+        write_atomically(Path(trainer.default_root_dir) / self.config_filename, config.encode())
 
 
 class RloraCLI(LightningCLI):
@@ -94,7 +113,7 @@ class RloraCLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_callback=SaveFitConfig,
-            save_config_kwargs={"overwrite": True},
+            save_config_kwargs={"save_to_log_dir": False},
             parser_class=Parser,
             args=one_configuration(args),
             seed_everything_default=0,

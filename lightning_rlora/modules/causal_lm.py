@@ -110,7 +110,13 @@ class CausalLM(AdaptedModel):
         )
 
     def forward(self, batch: dict[str, Tensor]) -> Any:
-        """The base model's output (logits, loss) for a batch."""
+        """The base model's output (logits, loss) for a batch.
+
+        Raises:
+            UserError: If the batch holds no tokens.
+        """
+        if "input_ids" not in batch:
+            raise UserError("a language model learns from input_ids, which the data do not give")
         if "position_ids" in batch and not self._packing_checked:
             check_packing(self.model)
             self._packing_checked = True

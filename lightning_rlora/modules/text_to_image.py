@@ -201,6 +201,15 @@ class TextToImage(AdaptedModel):
             "or load the exported adapter into a diffusers pipeline"
         )
 
+    def check_prompts(self, prompts: list[str]) -> None:
+        """Look at prompts before they are needed: those of the data and of samples, when a run begins.
+
+        Raises:
+            UserError: If one is longer than the text encoder takes, and such prompts are not to be cut.
+        """
+        if not self.truncate_prompts:
+            check_lengths(self.pipeline, prompts)
+
     @torch.no_grad()
     def sample(
         self, prompts: list[str], seeds: list[int], *, num_inference_steps: int = 30, guidance_scale: float = 7.5
@@ -218,8 +227,7 @@ class TextToImage(AdaptedModel):
         Raises:
             UserError: If a prompt is longer than the text encoder takes.
         """
-        if not self.truncate_prompts:
-            check_lengths(self.pipeline, prompts)
+        self.check_prompts(prompts)
         training = self.model.training
         self.model.eval()
         try:
