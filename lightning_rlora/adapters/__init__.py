@@ -28,6 +28,7 @@ from lightning_rlora.adapters.offset import (
     track_offsets,
 )
 from lightning_rlora.adapters.pairs import LoraPair, LoraScan, find_pairs, matrix, scan
+from lightning_rlora.adapters.sharding import shard_base
 from lightning_rlora.adapters.starts import LoftQ, OLoRA, Passes, PiSSA, Start, Stiefel, renew_magnitude
 from lightning_rlora.adapters.state import adapter_keys, check_adapter, keep_adapter, read_checkpoint
 
@@ -68,6 +69,7 @@ __all__ = [
     "refuse_trained",
     "renew_magnitude",
     "scan",
+    "shard_base",
     "subtract_start",
     "track_offsets",
     "write_point",

@@ -16,6 +16,8 @@ from lightning_rlora.adapters.pairs import (
     is_quantised,
     is_transposed,
     matrix,
+    own_rows,
+    whole,
     with_shared_base,
 )
 from lightning_rlora.errors import UserError
@@ -86,9 +88,12 @@ class BaseOffset(nn.Module):
         weight = base_weight(pair)
         # Where in memory its operands lie may change a matrix product's rounding, and a resumed run must find the very
         # same base. In float64 that is 1e-16 of the offset, and gone once the sum is rounded to the weight's dtype.
-        delta = (sign * self.left.double()) @ self.right.double()
-        delta = (delta.mT if is_transposed(pair) else delta).reshape(weight.shape)
-        weight.copy_(delta.add_(weight))
+        left, right = (sign * self.left).double(), self.right.double()
+        if is_transposed(pair):
+            left, right = right.mT, left.mT
+        own, rows = own_rows(weight)
+        delta = left[rows] @ right
+        own.copy_(delta.reshape(own.shape).add_(own))
 
     def _positions(self) -> Tensor:
         weight = base_weight(self._pair[0])
@@ -96,7 +101,7 @@ class BaseOffset(nn.Module):
         return torch.arange(_SAMPLES, device=weight.device) * (weight.numel() - 1) // (_SAMPLES - 1)
 
     def _entries(self) -> Tensor:
-        weight = base_weight(self._pair[0]).detach()
+        weight = whole(base_weight(self._pair[0]).detach())
         return weight.flatten()[self._positions()].float()
 
     @torch.no_grad()

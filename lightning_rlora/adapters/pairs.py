@@ -195,3 +195,19 @@ def with_shared_base(model: nn.Module, pairs: list[LoraPair]) -> list[LoraPair]:
     """The pairs whose base weight is another layer's too (tied embeddings), so that it must not be changed."""
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     return [pair for pair in pairs if uses[id(base_weight(pair))] > 1]
+
+
+def whole(weight: Tensor) -> Tensor:
+    """All of a weight; of one that FSDP2 shards a copy, for which all processes must ask together."""
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
+def own_rows(weight: Tensor) -> tuple[Tensor, slice]:
+    """The part of a weight that this process holds, to be written to, and which rows of the whole it is."""
+    if not isinstance(weight, DTensor):
+        return weight, slice(len(weight))
+    # FSDP2 cuts along the first dimension, into parts of equal height, of which the last may be short or empty
+    own = weight.to_local()
+    height = -(-len(weight) // weight.device_mesh.size())
+    first = min(weight.device_mesh.get_local_rank() * height, len(weight))
+    return own, slice(first, first + len(own))

@@ -1,0 +1,132 @@
+"""Training runs of a tiny language model that give the same global batches to any number of processes."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from lightning_rlora.adapters import find_pairs
+from lightning_rlora.adapters.pairs import base_weight, whole
+from lightning_rlora.callbacks import LocallyOptimalInit
+from lightning_rlora.callbacks.atomic_checkpoint_io import AtomicCheckpointIO
+from lightning_rlora.modules import AdaptedModel
+from lightning_rlora.optim import RiemannianSGD, Riemannion
+from lightning_rlora.strategies import FSDP2Strategy
+
+GLOBAL_BATCH = 6
+OPTIMIZERS = {
+    "Riemannion": {"optimizer": lambda params: Riemannion(params, lr=0.05)},
+    "RiemannianSGD": {"optimizer": lambda params: RiemannianSGD(params, lr=0.5)},
+    "AdamW": {"optimizer": lambda params: torch.optim.AdamW(params, lr=0.01)},
+    "LoRA+": {"optimizer": lambda params: torch.optim.AdamW(params, lr=0.002), "lr_ratio": 8.0},
+}
+STRATEGIES = {
+    "one": lambda: "auto",
+    "ddp": lambda: DDPStrategy(process_group_backend="gloo"),
+    "fsdp2": lambda: FSDP2Strategy(process_group_backend="gloo"),
+}
+
+
+class TinyLM(AdaptedModel):
+    """GPT-2, since Llama computes some of its layers in float32 whatever its weights are."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64, checkpointing: bool = False, dropout: float = 0.0, **options):
+        torch.manual_seed(0)
+        config = GPT2Config(
+            vocab_size=40,
+            n_embd=16,
+            n_layer=2,
+            n_head=2,
+            n_positions=16,
+            initializer_range=0.2,
+            tie_word_embeddings=False,
+            use_cache=False,
+            **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+        )
+        super().__init__(
+            GPT2LMHeadModel(config).to(dtype),
+            task_type="CAUSAL_LM",
+            adapter={"r": 3, "lora_alpha": 6, "lora_dropout": dropout},
+            adapter_path=None,
+            optimizer=options.get("optimizer"),
+            lr_scheduler=None,
+            lr_ratio=options.get("lr_ratio"),
+            gradient_checkpointing=checkpointing,
+            compile=False,
+        )
+        self.losses: list[Tensor] = []
+
+    def forward(self, batch: Tensor) -> Any:
+        return self.model(input_ids=batch)
+
+    def loss(self, batch: Tensor, output: Any) -> Tensor:
+        return F.cross_entropy(output.logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())  # transformers' is float32
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("val/loss", self.loss(batch, self(batch)), sync_dist=True)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.losses.append(outputs["loss"].detach())
+
+
+def rows(count: int) -> Tensor:
+    return torch.randint(0, 40, (count, 8), generator=torch.Generator().manual_seed(3))
+
+
+def fit(
+    strategy: str = "one",
+    count: int = 1,
+    *,
+    folder: Path,
+    method: str = "Riemannion",
+    steps: int = 20,
+    loi: bool = False,
+    accumulate: int = 1,
+    clip: float | None = None,
+    dtype: torch.dtype = torch.float64,
+    precision: str | None = None,
+    resume: Path | None = None,
+    save: Path | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Train in this process, one of `count`: the trained weights, the base's, and the run's losses."""
+    module = TinyLM(dtype, **OPTIMIZERS[method], **options)
+    callbacks: list[pl.Callback] = [LocallyOptimalInit(alpha=0.05, oversampling=2)] if loi else []
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=count,
+        strategy=STRATEGIES[strategy](),
+        precision=precision,
+        plugins=[AtomicCheckpointIO()],
+        max_steps=steps,
+        max_epochs=-1,
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=clip,
+        callbacks=callbacks,
+        logger=False,
+        use_distributed_sampler=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+    micro = GLOBAL_BATCH // count
+    turns = range(int(os.environ.get("RANK", 0)), 40 * GLOBAL_BATCH, count)  # so that all batches are the same rows
+    loader = DataLoader(rows(40 * GLOBAL_BATCH), batch_size=micro, sampler=turns)
+    trainer.fit(module, loader, ckpt_path=resume)
+    if save is not None:
+        trainer.save_checkpoint(save)
+    weights = {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad}
+    pairs = find_pairs(module)
+    bases = [whole(base_weight(pair).detach()).clone() for pair in pairs]
+    products = [pair.scaling * pair.b.detach().double() @ pair.a.detach().double() for pair in pairs]
+    held = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in module.parameters())
+    return {"weights": weights, "bases": bases, "products": products, "losses": torch.stack(module.losses), "held": held}
