@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,9 +14,10 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from lightning_rlora import callbacks, data, modules, optim  # noqa: F401  - so that configs may use short class names
+from lightning_rlora import callbacks, data, modules, optim, strategies  # noqa: F401  - so that configs may use short class names
 from lightning_rlora.callbacks import AdapterExport, RunRecord, SpectrumMonitor
 from lightning_rlora.callbacks.atomic_checkpoint_io import AtomicCheckpointIO
+from lightning_rlora.collectives import gathered
 from lightning_rlora.errors import UserError
 from lightning_rlora.files import write_atomically
 from lightning_rlora.fragments import Config, merge, read_mapping
@@ -145,8 +147,11 @@ class RloraCLI(LightningCLI):
 
     def predict(self, **kwargs: Any) -> None:
         """Write the predictions as JSON lines."""
-        batches = self.trainer.predict(**kwargs) or []
-        self._write("predictions", [record for batch in batches for record in batch])
+        batches: Any = self.trainer.predict(**kwargs) or []
+        parts = gathered([record for batch in batches for record in batch])  # the processes take turns
+        together = [record for turn in zip_longest(*parts) for record in turn if record is not None]
+        if self.trainer.is_global_zero:
+            self._write("predictions", together)
 
     def test(self, verbose: bool = True, **kwargs: Any) -> None:
         """Test, and write the answers as JSON lines if the data asked questions.

@@ -6,9 +6,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -46,6 +46,8 @@ class TinyLM(AdaptedModel):
             n_layer=2,
             n_head=2,
             n_positions=16,
+            bos_token_id=0,
+            eos_token_id=0,
             initializer_range=0.2,
             tie_word_embeddings=False,
             use_cache=False,
@@ -77,8 +79,14 @@ class TinyLM(AdaptedModel):
         self.losses.append(outputs["loss"].detach())
 
 
-def rows(count: int) -> Tensor:
-    return torch.randint(0, 40, (count, 8), generator=torch.Generator().manual_seed(3))
+class Seeds(pl.Callback):
+    """Gives every process another random state when training starts."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        torch.manual_seed(self.seed + trainer.global_rank)
 
 
 def fit(
@@ -88,18 +96,23 @@ def fit(
     folder: Path,
     method: str = "Riemannion",
     steps: int = 20,
+    first: int = 0,
     loi: bool = False,
     accumulate: int = 1,
     clip: float | None = None,
-    dtype: torch.dtype = torch.float64,
     precision: str | None = None,
     resume: Path | None = None,
     save: Path | None = None,
+    callbacks: tuple[pl.Callback, ...] = (),
     **options: Any,
 ) -> dict[str, Any]:
-    """Train in this process, one of `count`: the trained weights, the base's, and the run's losses."""
-    module = TinyLM(dtype, **OPTIMIZERS[method], **options)
-    callbacks: list[pl.Callback] = [LocallyOptimalInit(alpha=0.05, oversampling=2)] if loi else []
+    """Train in this process, one of `count`, from global batch number `first` on.
+
+    Returns:
+        The products c B A, all that trains, the whole bases, the losses of this process, and how many numbers it holds.
+    """
+    module = TinyLM(**OPTIMIZERS[method], **options)
+    start = [LocallyOptimalInit(alpha=0.05, oversampling=2)] if loi else []
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=count,
@@ -110,7 +123,7 @@ def fit(
         max_epochs=-1,
         accumulate_grad_batches=accumulate,
         gradient_clip_val=clip,
-        callbacks=callbacks,
+        callbacks=[*start, *callbacks],
         logger=False,
         use_distributed_sampler=False,
         enable_checkpointing=False,
@@ -118,15 +131,27 @@ def fit(
         enable_model_summary=False,
         default_root_dir=folder,
     )
-    micro = GLOBAL_BATCH // count
-    turns = range(int(os.environ.get("RANK", 0)), 40 * GLOBAL_BATCH, count)  # so that all batches are the same rows
-    loader = DataLoader(rows(40 * GLOBAL_BATCH), batch_size=micro, sampler=turns)
-    trainer.fit(module, loader, ckpt_path=resume)
+    rows = torch.randint(0, 40, (100 * GLOBAL_BATCH, 8), generator=torch.Generator().manual_seed(3))
+    turns = range(first * GLOBAL_BATCH + int(os.environ.get("RANK", 0)), len(rows), count)
+    trainer.fit(module, DataLoader(rows, batch_size=GLOBAL_BATCH // count, sampler=turns), ckpt_path=resume)
     if save is not None:
         trainer.save_checkpoint(save)
-    weights = {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad}
     pairs = find_pairs(module)
-    bases = [whole(base_weight(pair).detach()).clone() for pair in pairs]
-    products = [pair.scaling * pair.b.detach().double() @ pair.a.detach().double() for pair in pairs]
-    held = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in module.parameters())
-    return {"weights": weights, "bases": bases, "products": products, "losses": torch.stack(module.losses), "held": held}
+    return {
+        "products": [pair.scaling * pair.b.detach().double() @ pair.a.detach().double() for pair in pairs],
+        "trained": [p.detach().clone() for p in module.parameters() if p.requires_grad],
+        "bases": [whole(base_weight(pair).detach()).clone() for pair in pairs],
+        "losses": torch.stack(module.losses),
+        "held": sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in module.parameters()),
+    }
+
+
+def distance(run: dict[str, Any], other: dict[str, Any]) -> float:
+    """The largest difference of any entry of two runs' products c B A and base weights."""
+    pairs = zip(run["products"], run["bases"], other["products"], other["bases"], strict=True)
+    return max(max((x - y).abs().max(), (v - w).abs().max()).item() for x, v, y, w in pairs)
+
+
+def identical(run: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether all that trains has the same bits."""
+    return all(torch.equal(x, y) for x, y in zip(run["trained"], other["trained"], strict=True))
