@@ -11,7 +11,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
 from torch import nn
 from torch.optim import Optimizer
 
@@ -85,3 +85,7 @@ class FSDP2Strategy(WholeAdapters, ModelParallelStrategy):
         """Move the model, and make all processes start where the first one does."""
         super().model_to_device()
         take_first(self.trained())
+
+
+for _name in ("fsdp2", "fsdp2strategy"):  # Lightning looks names up in lower case, class names too
+    StrategyRegistry.register(_name, FSDP2Strategy, "FSDP2 of the frozen base, with whole adapters")

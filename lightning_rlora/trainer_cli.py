@@ -17,6 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning_rlora import callbacks, data, modules, optim, strategies  # noqa: F401  - so that configs may use short class names
 from lightning_rlora.callbacks import AdapterExport, RunRecord, SpectrumMonitor
 from lightning_rlora.callbacks.atomic_checkpoint_io import AtomicCheckpointIO
+from lightning_rlora.callbacks.end_together import EndTogether
 from lightning_rlora.collectives import gathered
 from lightning_rlora.errors import UserError
 from lightning_rlora.files import write_atomically
@@ -105,7 +106,7 @@ class RloraCLI(LightningCLI):
                 "default_root_dir": "runs/default",
                 "num_sanity_val_steps": -1,
                 "log_every_n_steps": 10,
-                "callbacks": [RunRecord(), AdapterExport()],
+                "callbacks": [RunRecord(), AdapterExport(), EndTogether()],
             },
         )
 

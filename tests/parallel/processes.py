@@ -37,6 +37,7 @@ def launch(count: int, function: Callable[..., Any], *args: Any, folder: Path, t
     errors = [path.read_text() for path in sorted(folder.glob("*.error"))]
     assert not errors, "\n".join(errors)
     assert not hung, f"{len(hung)} of {count} processes hung"
+    assert all(process.exitcode == 0 for process in processes), [process.exitcode for process in processes]
     return [torch.load(folder / f"{number}.result", weights_only=False) for number in range(count)]
 
 
