@@ -39,9 +39,7 @@ class WholeAdapters(Strategy):
         assert self.lightning_module is not None
         return [p for p in self.lightning_module.parameters() if p.requires_grad]
 
-    def optimizer_step(
-        self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any
-    ) -> Any:
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         """A step with the mean of all processes' gradients, which is formed after the last backward pass before it."""
 
         def averaged() -> Any:
@@ -63,9 +61,7 @@ class FSDP2Strategy(WholeAdapters, ModelParallelStrategy):
         timeout: How long a process waits for the others.
     """
 
-    def __init__(
-        self, process_group_backend: str | None = None, timeout: timedelta = timedelta(minutes=30)
-    ) -> None:
+    def __init__(self, process_group_backend: str | None = None, timeout: timedelta = timedelta(minutes=30)) -> None:
         super().__init__(
             save_distributed_checkpoint=False, process_group_backend=process_group_backend, timeout=timeout
         )

@@ -28,7 +28,7 @@ from lightning_rlora.adapters.offset import (
     track_offsets,
 )
 from lightning_rlora.adapters.pairs import LoraPair, LoraScan, find_pairs, matrix, scan
-from lightning_rlora.adapters.sharding import shard_base
+from lightning_rlora.adapters.sharding import is_sharded, shard_base
 from lightning_rlora.adapters.starts import LoftQ, OLoRA, Passes, PiSSA, Start, Stiefel, renew_magnitude
 from lightning_rlora.adapters.state import adapter_keys, check_adapter, keep_adapter, read_checkpoint
 
@@ -58,6 +58,7 @@ __all__ = [
     "float32_heads",
     "get_offset",
     "group_by_shape",
+    "is_sharded",
     "keep_adapter",
     "load_adapter",
     "matrix",

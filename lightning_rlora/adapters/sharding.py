@@ -39,12 +39,19 @@ def shard_base(module: nn.Module, mesh: DeviceMesh) -> None:
     """
     adapted: Any = find_adapted(module)
     base = adapted.get_base_model() if isinstance(adapted, PeftModel) else adapted
-    if isinstance(base, FSDPModule):
+    if is_sharded(base):
         return
     keys = adapter_keys(adapted)
     whole = {p for name, p in adapted.named_parameters(remove_duplicate=False) if name in keys}
     if not all(p.is_floating_point() for p in base.parameters()):
-        raise UserError("a quantised base cannot be sharded: use strategy ddp, with which every process holds all of it")
+        raise UserError(
+            "a quantised base cannot be sharded: use strategy ddp, with which every process holds all of it"
+        )
     for part in [*blocks(base), base]:
         # Weights that are adapted may be shifted between two passes, so none may be left gathered, not the root's.
         fully_shard(part, mesh=mesh, ignored_params=whole, reshard_after_forward=True)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether some of a model's weights are sharded, so that all processes must run it together."""
+    return any(isinstance(part, FSDPModule) for part in module.modules())

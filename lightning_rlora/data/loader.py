@@ -84,9 +84,9 @@ class RowLoader(ResumableLoader):
         seed: Seeds the order.
         num_workers: Processes that make batches.
         rank: This process.
-        world_size: Number of processes; they take turns, and all have equally many batches. In a shuffled order the first
-            rows are repeated until all have equally many rows, too; in the given one, which metrics are taken of, only
-            where a process would have an empty batch.
+        world_size: Number of processes; they take turns, and all have equally many batches. In a shuffled order the
+            first rows are repeated until all have equally many rows, too; in the given one, of which metrics are taken,
+            only where a process would have an empty batch.
     """
 
     def __init__(

@@ -21,6 +21,7 @@ from lightning_rlora.adapters import (
     adapter_config,
     adapter_keys,
     check_adapter,
+    is_sharded,
     keep_adapter,
     load_adapter,
     scan,
@@ -203,6 +204,11 @@ class AdaptedModel(LightningModule, ABC):
                     "gradient_clip_algorithm='norm'"
                 )
             inner.max_tangent_norm = float(gradient_clip_val) or None
+
+    def on_predict_start(self) -> None:
+        """Refuse to predict with a sharded base, for which all processes need equally many batches."""
+        if is_sharded(self.model) and self.trainer.world_size > 1:
+            raise UserError("a sharded base is not there to predict with: use strategy ddp, or one process")
 
     def on_train_end(self) -> None:
         """Look at the last training loss."""

@@ -39,7 +39,14 @@ STRATEGIES = {
 class TinyLM(AdaptedModel):
     """GPT-2, since Llama computes some of its layers in float32 whatever its weights are."""
 
-    def __init__(self, dtype: torch.dtype = torch.float64, checkpointing: bool = False, dropout: float = 0.0, **options):
+    def __init__(
+        self,
+        dtype: torch.dtype = torch.float64,
+        checkpointing: bool = False,
+        dropout: float = 0.0,
+        dora: bool = False,
+        **options: Any,
+    ) -> None:
         torch.manual_seed(0)
         config = GPT2Config(
             vocab_size=40,
@@ -57,7 +64,7 @@ class TinyLM(AdaptedModel):
         super().__init__(
             GPT2LMHeadModel(config).to(dtype),
             task_type="CAUSAL_LM",
-            adapter={"r": 3, "lora_alpha": 6, "lora_dropout": dropout},
+            adapter={"r": 3, "lora_alpha": 6, "lora_dropout": dropout, "use_dora": dora},
             adapter_path=None,
             optimizer=options.get("optimizer"),
             lr_scheduler=None,

@@ -1,0 +1,121 @@
+"""A base that FSDP2 shards beside a whole adapter: what it holds, what it sends, and what else works with it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import ModelParallelStrategy
+from processes import launch
+from runs import STRATEGIES, TinyLM, distance, fit, identical
+from torch import distributed, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from lightning_rlora.adapters import PiSSA, find_pairs, shard_base
+from lightning_rlora.callbacks import AdapterExport, AdapterInit, SpectrumMonitor
+from lightning_rlora.errors import UserError
+from lightning_rlora.optim import Riemannion
+
+STRATEGIES["fsdp2 of Lightning"] = lambda: ModelParallelStrategy(process_group_backend="gloo")
+
+
+class CountReductions(Callback):
+    """Notes the sizes of what is reduced over the processes in training."""
+
+    def __init__(self):
+        self.sizes = []
+
+    def on_train_start(self, trainer, pl_module):
+        reduce = distributed.all_reduce
+
+        def noted(tensor, *args, **kwargs):
+            self.sizes.append(tensor.numel())
+            return reduce(tensor, *args, **kwargs)
+
+        distributed.all_reduce = noted
+
+
+def traffic(folder):
+    count = CountReductions()
+    run = fit("fsdp2", 3, folder=folder, steps=4, accumulate=3, clip=0.1, callbacks=(count,))
+    return run["held"], sum(p.numel() for p in run["trained"]), count.sizes
+
+
+def test_a_process_holds_its_part_of_the_base_and_sends_gradients_once_a_step(tmp_path):
+    parameters = list(TinyLM().parameters())
+    adapter = sum(p.numel() for p in parameters if p.requires_grad)
+    parts = sum(-(-len(p) // 3) * p[0].numel() for p in parameters if not p.requires_grad)
+    for held, trained, sizes in launch(3, traffic, tmp_path, folder=tmp_path):
+        assert trained == adapter
+        assert adapter < held <= adapter + parts < 0.6 * sum(p.numel() for p in parameters)
+        assert sizes == 4 * [adapter]
+
+
+def half_precision(strategy, folder):
+    return fit(strategy, 2, folder=folder, dtype=torch.bfloat16, loi=True, steps=10)
+
+
+def test_a_half_precision_base_with_float32_adapters_is_trained_as_under_ddp(tmp_path):
+    ddp, fsdp2 = (launch(2, half_precision, name, tmp_path, folder=tmp_path / name)[0] for name in ("ddp", "fsdp2"))
+    assert identical(ddp, fsdp2)
+    assert all(torch.equal(x, y) for x, y in zip(ddp["bases"], fsdp2["bases"], strict=True))
+    assert {p.dtype for p in fsdp2["trained"]} == {torch.float32} and fsdp2["bases"][0].dtype == torch.bfloat16
+
+
+def with_callbacks(strategy, count, folder):
+    callbacks = (AdapterInit(PiSSA()), SpectrumMonitor(2), AdapterExport(str(folder / strategy)))
+    return fit(strategy, count, folder=folder / "run", steps=4, dora=True, dtype=torch.float32, callbacks=callbacks)
+
+
+def test_starts_exports_and_monitors_work_on_a_sharded_base(tmp_path):
+    one, fsdp2 = (
+        launch(count, with_callbacks, strategy, count, tmp_path, folder=tmp_path / "results")[0]
+        for strategy, count in (("one", 1), ("fsdp2", 2))
+    )
+    found = distance(one, fsdp2)
+    assert found < 1e-5, found
+    assert (tmp_path / "run" / "spectrum.csv").is_file()
+    files = [tmp_path / strategy / "adapter_model.safetensors" for strategy in ("one", "fsdp2")]
+    assert files[0].stat().st_size == files[1].stat().st_size
+
+
+def refused(folder):
+    with pytest.raises(UserError, match="use FSDP2Strategy"):
+        fit("fsdp2 of Lightning", 2, folder=folder)
+    mesh = DeviceMesh("cpu", [0, 1])
+    factors = [nn.Parameter(distribute_tensor(torch.randn(shape), mesh, [Shard(0)])) for shape in [(3, 7), (9, 3)]]
+    with pytest.raises(UserError, match=r"Riemannion takes whole factors.*DTensors.*FSDP2Strategy"):
+        Riemannion(factors)
+    model = TinyLM(torch.float32).model
+    find_pairs(model)[0].layer.base_layer.weight = nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), False)
+    with pytest.raises(UserError, match="quantised base cannot be sharded"):
+        shard_base(model, mesh)
+
+
+def test_what_cannot_be_sharded_is_refused(tmp_path):
+    launch(2, refused, tmp_path, folder=tmp_path)
+
+
+def project(folder):
+    """A project of somebody else's, with a module of its own."""
+    from lightning.pytorch import Trainer
+    from loi_project import Project, loader, products
+
+    class Sharded(Project):
+        def configure_model(self):
+            shard_base(self, self.trainer.strategy.mesh)
+
+    module = Sharded()
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    Trainer(accelerator="cpu", devices=2, strategy="fsdp2", max_steps=4, default_root_dir=folder, **options).fit(
+        module, loader()
+    )
+    return products(module)
+
+
+def test_modules_of_other_projects_shard_themselves(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "callbacks")
+    first, second = launch(2, project, tmp_path, folder=tmp_path)
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+    assert all(bool(x.any()) for x in first)
