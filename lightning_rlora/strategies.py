@@ -11,10 +11,12 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
+from lightning.pytorch.plugins import FSDPPrecision, Precision
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy, StrategyRegistry
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_rlora.adapters import wrap_base
 from lightning_rlora.collectives import average_gradients, take_first
 
 if TYPE_CHECKING:
@@ -83,5 +85,49 @@ class FSDP2Strategy(WholeAdapters, ModelParallelStrategy):
         take_first(self.trained())
 
 
-for _name in ("fsdp2", "fsdp2strategy"):  # Lightning looks names up in lower case, class names too
-    StrategyRegistry.register(_name, FSDP2Strategy, "FSDP2 of the frozen base, with whole adapters")
+class WholePrecision(FSDPPrecision):
+    """Precision as under DDP: weights keep their dtype, and norms of gradients are right, since these are whole."""
+
+    clip_grad_by_norm = Precision.clip_grad_by_norm
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        """Cast for bf16-true and 16-true only."""
+        return module if self.precision == "32-true" else super().convert_module(module)
+
+
+class FSDP1Strategy(WholeAdapters, FSDPStrategy):
+    """FSDP1 for adapted models: the frozen base is sharded over all processes, block by block.
+
+    The command line takes it for `--trainer.strategy fsdp`. Weights keep their dtype, adapters theirs: mixed precision
+    is autocast, as under DDP.
+    """
+
+    mixed_precision_config = None
+
+    @property
+    def precision_plugin(self) -> FSDPPrecision:
+        """What Lightning would take, without what it does to sharded parameters."""
+        return super().precision_plugin
+
+    @precision_plugin.setter
+    def precision_plugin(self, plugin: Precision | None) -> None:
+        precision: Any = plugin.precision if plugin is not None else "32-true"
+        self._precision_plugin = WholePrecision(precision)
+
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        wrap_base(
+            model,
+            device_id=self.root_device,
+            sharding_strategy=self.sharding_strategy,
+            cpu_offload=self.cpu_offload,
+            **{name: value for name, value in self.kwargs.items() if name == "device_mesh"},
+        )
+        model.to(self.root_device)
+        take_first(self.trained())
+        return model
+
+
+# Lightning looks names up in lower case, class names too
+for _strategy, _names in ((FSDP2Strategy, ("fsdp2", "fsdp2strategy")), (FSDP1Strategy, ("fsdp1", "fsdp1strategy"))):
+    for _name in _names:
+        StrategyRegistry.register(_name, _strategy, "the frozen base sharded, the adapter whole in every process")

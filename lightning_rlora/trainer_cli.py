@@ -134,6 +134,8 @@ class RloraCLI(LightningCLI):
             checkpoint.dirpath = str(Path(config["default_root_dir"]).absolute() / "checkpoints")
         plugins = config.get("plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
+        if config.get("strategy") == "fsdp":
+            kwargs["strategy"] = "fsdp1"  # Lightning's own would shard the adapter, too
         if config.get("enable_progress_bar") is not False:
             self.trainer_defaults["callbacks"].append(RichProgressBar())
         return super().instantiate_trainer(plugins=[*plugins, AtomicCheckpointIO()], **kwargs)

@@ -16,7 +16,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from lightning_rlora.adapters.gauge import write_point
-from lightning_rlora.adapters.pairs import LoraPair, base_weight, is_quantised, is_transposed, matrix, whole
+from lightning_rlora.adapters.pairs import LoraPair, base_weight, gathered, is_quantised, is_transposed, matrix, whole
 from lightning_rlora.errors import UserError
 from lightning_rlora.geometry import Point
 
@@ -161,7 +161,7 @@ def _before_quantisation(model: Any) -> nn.Module:
 def check_linear(pairs: list[LoraPair], start: str) -> None:
     """Refuse layers that PEFT's initialisations of linear layers do not know, before anything is done."""
     for pair in pairs:
-        if pair.adapter not in pair.layer.lora_A or base_weight(pair).ndim != 2:
+        if pair.adapter not in pair.layer.lora_A or pair.a.ndim != 2:
             raise UserError(f"layer {pair.name} is not linear, and {start} knows linear layers only")
 
 
@@ -171,15 +171,16 @@ def whole_base(pair: LoraPair) -> Iterator[None]:
 
     Of a weight that is sharded over processes this is the only way to see it, outside the model's own passes.
     """
-    layer, weight = pair.layer.get_base_layer(), base_weight(pair)
     if is_quantised(pair):  # never sharded, and more than its numbers
         yield
         return
-    layer.weight = nn.Parameter(whole(weight.detach()).clone(), requires_grad=False)
-    try:
-        yield
-    finally:
-        layer.weight = weight
+    with gathered(pair):
+        layer, weight = pair.layer.get_base_layer(), base_weight(pair)
+        layer.weight = nn.Parameter(whole(weight.detach()).clone(), requires_grad=False)
+        try:
+            yield
+        finally:
+            layer.weight = weight
 
 
 @torch.no_grad()

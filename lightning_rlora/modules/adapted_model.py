@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -34,7 +34,7 @@ from lightning_rlora.errors import UserError
 from lightning_rlora.modules.compilation import compile_in_place
 from lightning_rlora.modules.finite_loss import FiniteLoss
 from lightning_rlora.optim import FixedRankOptimizer, LinearWithWarmup, Riemannion, lora_plus, parameter_groups
-from lightning_rlora.strategies import FSDP2Strategy
+from lightning_rlora.strategies import FSDP2Strategy, WholeAdapters
 
 Made = TypeVar("Made")
 
@@ -118,8 +118,11 @@ class AdaptedModel(LightningModule, ABC):
         strategy = self.trainer.strategy
         if isinstance(strategy, FSDP2Strategy):
             shard_base(self.model, strategy.mesh)
-        elif isinstance(strategy, ModelParallelStrategy):
-            raise UserError("adapters must stay whole, and ModelParallelStrategy has none for that: use FSDP2Strategy")
+        elif isinstance(strategy, ModelParallelStrategy | FSDPStrategy) and not isinstance(strategy, WholeAdapters):
+            raise UserError(
+                f"{type(strategy).__name__} would shard the adapter, too, which must stay whole: use strategy fsdp2, "
+                "or fsdp1 (lightning_rlora.strategies)"
+            )
         keys = adapter_keys(self)
         unchanged = [name for name, _ in self.named_buffers() if name not in keys or f".{OFFSET}." in name]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, unchanged)

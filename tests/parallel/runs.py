@@ -15,12 +15,12 @@ from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_rlora.adapters import find_pairs
-from lightning_rlora.adapters.pairs import base_weight, whole
+from lightning_rlora.adapters.pairs import base_weight, gathered, whole
 from lightning_rlora.callbacks import LocallyOptimalInit
 from lightning_rlora.callbacks.atomic_checkpoint_io import AtomicCheckpointIO
 from lightning_rlora.modules import AdaptedModel
 from lightning_rlora.optim import RiemannianSGD, Riemannion
-from lightning_rlora.strategies import FSDP2Strategy
+from lightning_rlora.strategies import FSDP1Strategy, FSDP2Strategy
 
 GLOBAL_BATCH = 6
 OPTIMIZERS = {
@@ -32,6 +32,7 @@ OPTIMIZERS = {
 STRATEGIES = {
     "one": lambda: "auto",
     "ddp": lambda: DDPStrategy(process_group_backend="gloo"),
+    "fsdp1": lambda: FSDP1Strategy(process_group_backend="gloo"),
     "fsdp2": lambda: FSDP2Strategy(process_group_backend="gloo"),
 }
 
@@ -145,10 +146,14 @@ def fit(
     if save is not None:
         trainer.save_checkpoint(save)
     pairs = find_pairs(module)
+    bases = []
+    for pair in pairs:
+        with gathered(pair):
+            bases.append(whole(base_weight(pair).detach()).clone())
     return {
         "products": [pair.scaling * pair.b.detach().double() @ pair.a.detach().double() for pair in pairs],
         "trained": [p.detach().clone() for p in module.parameters() if p.requires_grad],
-        "bases": [whole(base_weight(pair).detach()).clone() for pair in pairs],
+        "bases": bases,
         "losses": torch.stack(module.losses),
         "held": sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in module.parameters()),
     }

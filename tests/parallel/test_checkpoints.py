@@ -1,11 +1,11 @@
-"""Checkpoints of one process, DDP and FSDP2 are the same file, and each goes on under each of the others."""
+"""Checkpoints of one process, DDP, FSDP1 and FSDP2 are the same file, and each goes on under each of the others."""
 
 import pytest
 import torch
 from processes import launch
 from runs import Seeds, distance, fit, identical
 
-WORLDS = [("one", 1), ("ddp", 2), ("fsdp2", 3)]
+WORLDS = [("one", 1), ("ddp", 2), ("fsdp1", 2), ("fsdp2", 3)]
 CASE = {"loi": True, "accumulate": 2}
 TOLERANCE = 1e-12  # measured 2e-15
 
@@ -73,7 +73,7 @@ def dropped_out(strategy, count, folder):
     return whole, fit(strategy, count, callbacks=(Seeds(5),), resume=folder / "half.ckpt", first=10, **case)
 
 
-@pytest.mark.parametrize("world", [("ddp", 2), ("fsdp2", 2)], ids=lambda world: world[0])
+@pytest.mark.parametrize("world", [("ddp", 2), ("fsdp1", 2), ("fsdp2", 2)], ids=lambda world: world[0])
 def test_every_process_goes_on_with_its_own_random_state(world, tmp_path):
     for whole, resumed in launch(world[1], dropped_out, *world, tmp_path, folder=tmp_path):
         assert torch.equal(whole["losses"][10:], resumed["losses"])

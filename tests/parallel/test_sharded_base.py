@@ -1,4 +1,4 @@
-"""A base that FSDP2 shards beside a whole adapter: what it holds, what it sends, and what else works with it."""
+"""A base that FSDP shards beside a whole adapter: what it holds, what it sends, and what else works with it."""
 
 from pathlib import Path
 
@@ -36,17 +36,18 @@ class CountReductions(Callback):
         distributed.all_reduce = noted
 
 
-def traffic(folder):
+def traffic(strategy, folder):
     count = CountReductions()
-    run = fit("fsdp2", 3, folder=folder, steps=4, accumulate=3, clip=0.1, callbacks=(count,))
+    run = fit(strategy, 3, folder=folder, steps=4, accumulate=3, clip=0.1, callbacks=(count,))
     return run["held"], sum(p.numel() for p in run["trained"]), count.sizes
 
 
-def test_a_process_holds_its_part_of_the_base_and_sends_gradients_once_a_step(tmp_path):
+@pytest.mark.parametrize("strategy", ["fsdp1", "fsdp2"])
+def test_a_process_holds_its_part_of_the_base_and_sends_gradients_once_a_step(strategy, tmp_path):
     parameters = list(TinyLM().parameters())
     adapter = sum(p.numel() for p in parameters if p.requires_grad)
     parts = sum(-(-len(p) // 3) * p[0].numel() for p in parameters if not p.requires_grad)
-    for held, trained, sizes in launch(3, traffic, tmp_path, folder=tmp_path):
+    for held, trained, sizes in launch(3, traffic, strategy, tmp_path, folder=tmp_path):
         assert trained == adapter
         assert adapter < held <= adapter + parts < 0.6 * sum(p.numel() for p in parameters)
         assert sizes == 4 * [adapter]
@@ -57,10 +58,12 @@ def half_precision(strategy, folder):
 
 
 def test_a_half_precision_base_with_float32_adapters_is_trained_as_under_ddp(tmp_path):
-    ddp, fsdp2 = (launch(2, half_precision, name, tmp_path, folder=tmp_path / name)[0] for name in ("ddp", "fsdp2"))
-    assert identical(ddp, fsdp2)
-    assert all(torch.equal(x, y) for x, y in zip(ddp["bases"], fsdp2["bases"], strict=True))
-    assert {p.dtype for p in fsdp2["trained"]} == {torch.float32} and fsdp2["bases"][0].dtype == torch.bfloat16
+    names = ("ddp", "fsdp1", "fsdp2")
+    ddp, *others = (launch(2, half_precision, name, tmp_path, folder=tmp_path / name)[0] for name in names)
+    for other in others:
+        assert identical(ddp, other)
+        assert all(torch.equal(x, y) for x, y in zip(ddp["bases"], other["bases"], strict=True))
+        assert {p.dtype for p in other["trained"]} == {torch.float32} and other["bases"][0].dtype == torch.bfloat16
 
 
 def with_callbacks(strategy, count, folder):
@@ -68,20 +71,21 @@ def with_callbacks(strategy, count, folder):
     return fit(strategy, count, folder=folder / "run", steps=4, dora=True, dtype=torch.float32, callbacks=callbacks)
 
 
-def test_starts_exports_and_monitors_work_on_a_sharded_base(tmp_path):
-    one, fsdp2 = (
-        launch(count, with_callbacks, strategy, count, tmp_path, folder=tmp_path / "results")[0]
-        for strategy, count in (("one", 1), ("fsdp2", 2))
+@pytest.mark.parametrize("strategy", ["fsdp1", "fsdp2"])
+def test_starts_exports_and_monitors_work_on_a_sharded_base(strategy, tmp_path):
+    one, sharded = (
+        launch(count, with_callbacks, name, count, tmp_path, folder=tmp_path / "results")[0]
+        for name, count in (("one", 1), (strategy, 2))
     )
-    found = distance(one, fsdp2)
+    found = distance(one, sharded)
     assert found < 1e-5, found
     assert (tmp_path / "run" / "spectrum.csv").is_file()
-    files = [tmp_path / strategy / "adapter_model.safetensors" for strategy in ("one", "fsdp2")]
+    files = [tmp_path / name / "adapter_model.safetensors" for name in ("one", strategy)]
     assert files[0].stat().st_size == files[1].stat().st_size
 
 
 def refused(folder):
-    with pytest.raises(UserError, match="use FSDP2Strategy"):
+    with pytest.raises(UserError, match=r"ModelParallelStrategy would shard the adapter.*use strategy fsdp2"):
         fit("fsdp2 of Lightning", 2, folder=folder)
     mesh = DeviceMesh("cpu", [0, 1])
     factors = [nn.Parameter(distribute_tensor(torch.randn(shape), mesh, [Shard(0)])) for shape in [(3, 7), (9, 3)]]
