@@ -31,9 +31,9 @@ OPTIMIZERS = {
 }
 STRATEGIES = {
     "one": lambda: "auto",
-    "ddp": lambda: DDPStrategy(process_group_backend="gloo"),
-    "fsdp1": lambda: FSDP1Strategy(process_group_backend="gloo"),
-    "fsdp2": lambda: FSDP2Strategy(process_group_backend="gloo"),
+    "ddp": lambda: DDPStrategy(),
+    "fsdp1": lambda: FSDP1Strategy(),
+    "fsdp2": lambda: FSDP2Strategy(),
 }
 
 
@@ -103,6 +103,7 @@ def fit(
     count: int = 1,
     *,
     folder: Path,
+    accelerator: str = "cpu",
     method: str = "Riemannion",
     steps: int = 20,
     first: int = 0,
@@ -123,7 +124,7 @@ def fit(
     module = TinyLM(**OPTIMIZERS[method], **options)
     start = [LocallyOptimalInit(alpha=0.05, oversampling=2)] if loi else []
     trainer = pl.Trainer(
-        accelerator="cpu",
+        accelerator=accelerator,
         devices=count,
         strategy=STRATEGIES[strategy](),
         precision=precision,
@@ -149,12 +150,12 @@ def fit(
     bases = []
     for pair in pairs:
         with gathered(pair):
-            bases.append(whole(base_weight(pair).detach()).clone())
+            bases.append(whole(base_weight(pair).detach()).cpu().clone())
     return {
-        "products": [pair.scaling * pair.b.detach().double() @ pair.a.detach().double() for pair in pairs],
-        "trained": [p.detach().clone() for p in module.parameters() if p.requires_grad],
+        "products": [pair.scaling * (pair.b.detach().double() @ pair.a.detach().double()).cpu() for pair in pairs],
+        "trained": [p.detach().cpu().clone() for p in module.parameters() if p.requires_grad],
         "bases": bases,
-        "losses": torch.stack(module.losses),
+        "losses": torch.stack(module.losses).cpu(),
         "held": sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in module.parameters()),
     }
 
