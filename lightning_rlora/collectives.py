@@ -40,9 +40,10 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
         return
     gradients = []
     for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        gradients.append(parameter.grad)
+        if parameter.requires_grad:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
     for together in _alike(gradients):
         buffer = torch.cat([gradient.flatten() for gradient in together])
         distributed.all_reduce(buffer)

@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, St
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_rlora.adapters import wrap_base
+from lightning_rlora.adapters import keep_adapter, wrap_base
 from lightning_rlora.collectives import average_gradients, take_first
 
 if TYPE_CHECKING:
@@ -36,10 +36,10 @@ class WholeAdapters(Strategy):
     save_checkpoint = Strategy.save_checkpoint
     load_checkpoint = Strategy.load_checkpoint
 
-    def trained(self) -> list[nn.Parameter]:
-        """All parameters that train."""
+    def start_alike(self) -> None:
+        """Make all processes start where the first one does, as DDP does; the base is read from one place anyway."""
         assert self.lightning_module is not None
-        return [p for p in self.lightning_module.parameters() if p.requires_grad]
+        take_first(keep_adapter(self.lightning_module, self.lightning_module.state_dict()).values())
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         """A step with the mean of all processes' gradients, which is formed after the last backward pass before it."""
@@ -80,9 +80,9 @@ class FSDP2Strategy(WholeAdapters, ModelParallelStrategy):
         super().setup_environment()
 
     def model_to_device(self) -> None:
-        """Move the model, and make all processes start where the first one does."""
+        """Move what is not there yet, and start alike."""
         super().model_to_device()
-        take_first(self.trained())
+        self.start_alike()
 
 
 class WholePrecision(FSDPPrecision):
@@ -100,9 +100,14 @@ class FSDP1Strategy(WholeAdapters, FSDPStrategy):
 
     The command line takes it for `--trainer.strategy fsdp`. Weights keep their dtype, adapters theirs: mixed precision
     is autocast, as under DDP.
+
+    Args:
+        process_group_backend: nccl or gloo; by default what suits the device.
+        timeout: How long a process waits for the others.
     """
 
-    mixed_precision_config = None
+    def __init__(self, process_group_backend: str | None = None, timeout: timedelta = timedelta(minutes=30)) -> None:
+        super().__init__(process_group_backend=process_group_backend, timeout=timeout)
 
     @property
     def precision_plugin(self) -> FSDPPrecision:
@@ -115,15 +120,9 @@ class FSDP1Strategy(WholeAdapters, FSDPStrategy):
         self._precision_plugin = WholePrecision(precision)
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
-        wrap_base(
-            model,
-            device_id=self.root_device,
-            sharding_strategy=self.sharding_strategy,
-            cpu_offload=self.cpu_offload,
-            **{name: value for name, value in self.kwargs.items() if name == "device_mesh"},
-        )
+        wrap_base(model, device_id=self.root_device)
         model.to(self.root_device)
-        take_first(self.trained())
+        self.start_alike()
         return model
 
 

@@ -24,7 +24,10 @@ from lightning_rlora.errors import UserError
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The parts that a model says are to stay together, transformer blocks as a rule; inner ones come first."""
+    """The parts that a model of transformers or diffusers names as units, its blocks; inner ones come first.
+
+    A model that names none is gathered as a whole in every pass.
+    """
     names = set(getattr(model, "_no_split_modules", None) or ())
     return [module for module in model.modules() if type(module).__name__ in names][::-1]
 

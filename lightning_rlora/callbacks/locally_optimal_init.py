@@ -91,7 +91,7 @@ class LocallyOptimalInit(Initialisation):
         def backward() -> None:
             with isolate_rng():
                 mean_loss(Tensor.backward)
-            average_gradients(p for p in module.parameters() if p.requires_grad)  # all processes start at one point
+            average_gradients(module.parameters())  # all processes start at one point
 
         @torch.no_grad()
         def evaluate() -> float:

@@ -45,7 +45,7 @@ class LoRAGA(Start):
         def backward() -> None:
             for batch in passes.batches:
                 (passes.loss(batch) / len(passes.batches)).backward()
-            average_gradients(p for p in model.parameters() if p.requires_grad)
+            average_gradients(model.parameters())
 
         with probing(model, pairs, backward) as probes:
             triplets, _ = gradient_triplets(pairs, probes, self.oversampling, self.power_steps, generator)

@@ -110,7 +110,7 @@ class AdaptedModel(LightningModule, ABC):
         """The loss to train on, a scalar."""
 
     def configure_model(self) -> None:
-        """Shard the frozen base where the strategy shards, and keep it out of what DDP sends around.
+        """Shard the frozen base where the strategy shards, and keep its buffers out of what DDP sends in every pass.
 
         Raises:
             UserError: If the strategy is Lightning's own for sharding, which would shard the adapter, too.
@@ -237,7 +237,8 @@ class AdaptedModel(LightningModule, ABC):
         if checkpoint.get("scalings", self._scalings()) != self._scalings():
             raise UserError("the checkpoint's adapter has another scaling: give the lora_alpha it was trained with")
         self._optimizers_resumed = checkpoint.get("optimizer_names")
-        self._rng_to_restore = checkpoint.get("rng", [])
+        states = checkpoint.get("rng")
+        self._rng_to_restore = states if isinstance(states, list) else []  # earlier versions kept the first one's only
 
 
 def _with_refusals(make: Callable[[Any], Made], what: str) -> Callable[[Any], Made]:

@@ -52,7 +52,7 @@ class TinyLM(AdaptedModel):
         config = GPT2Config(
             vocab_size=40,
             n_embd=16,
-            n_layer=2,
+            n_layer=1,
             n_head=2,
             n_positions=16,
             bos_token_id=0,
@@ -65,7 +65,13 @@ class TinyLM(AdaptedModel):
         super().__init__(
             GPT2LMHeadModel(config).to(dtype),
             task_type="CAUSAL_LM",
-            adapter={"r": 3, "lora_alpha": 6, "lora_dropout": dropout, "use_dora": dora},
+            adapter={
+                "target_modules": ["c_attn", "c_fc"],
+                "r": 3,
+                "lora_alpha": 6,
+                "lora_dropout": dropout,
+                "use_dora": dora,
+            },
             adapter_path=None,
             optimizer=options.get("optimizer"),
             lr_scheduler=None,
