@@ -115,6 +115,8 @@ class AdaptedModel(LightningModule, ABC):
         Raises:
             UserError: If the strategy is Lightning's own for sharding, which would shard the adapter, too.
         """
+        if self._trainer is None:
+            return  # loaded from a checkpoint
         strategy = self.trainer.strategy
         if isinstance(strategy, FSDP2Strategy):
             shard_base(self.model, strategy.mesh)
