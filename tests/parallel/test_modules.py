@@ -71,3 +71,19 @@ def test_a_sharded_model_is_measured_and_writes_answers(tmp_path):
         assert answers == 2  # one of each process
         assert "not there to predict with" in refusal
     assert ddp[0][2] == ""
+
+
+def test_the_command_line_takes_its_own_strategy_for_fsdp(tmp_path):
+    """Lightning's own refuses a CPU."""
+
+    def fit():
+        from lightning_rlora.cli import main
+
+        data = ["--data", "TextData", "--data.train", "embedded:python-topics", "--data.max_length", "16"]
+        run = ["--trainer.strategy", "fsdp", "--trainer.devices", "1", "--trainer.accelerator", "cpu"]
+        limits = ["--trainer.max_steps", "1", "--trainer.limit_val_batches", "0", "--data.batch_size", "2"]
+        main(["fit", "--model", "CausalLM", *data, *run, *limits, "--trainer.default_root_dir", str(tmp_path)])
+
+    launch(1, fit, folder=tmp_path / "process")
+    assert (tmp_path / "checkpoints" / "last.ckpt").is_file()
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()

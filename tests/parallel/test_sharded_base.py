@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
 from processes import launch
 from runs import STRATEGIES, TinyLM, distance, fit, identical
+from safetensors.torch import load_file
 from torch import distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -80,8 +81,9 @@ def test_starts_exports_and_monitors_work_on_a_sharded_base(strategy, tmp_path):
     found = distance(one, sharded)
     assert found < 1e-5, found
     assert (tmp_path / "run" / "spectrum.csv").is_file()
-    files = [tmp_path / name / "adapter_model.safetensors" for name in ("one", strategy)]
-    assert files[0].stat().st_size == files[1].stat().st_size
+    saved, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", strategy))
+    assert saved.keys() == other.keys()
+    assert all(torch.allclose(saved[key], other[key], atol=1e-4) for key in saved)
 
 
 def refused(folder):
