@@ -8,7 +8,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_rlora.adapters import export_adapter, find_pairs, merge_adapter, track_offsets
+    from lightning_rlora.adapters import export_adapter, find_pairs, merge_adapter, shard_base, track_offsets
     from lightning_rlora.callbacks import (
         AdapterInit,
         AdapterOnlyCheckpoint,
@@ -21,15 +21,17 @@ if TYPE_CHECKING:
     from lightning_rlora.init import locally_optimal_init
     from lightning_rlora.modules import CausalLM, SequenceClassification
     from lightning_rlora.optim import RiemannianSGD, Riemannion, WhitenedRiemannion, lora_plus_groups
+    from lightning_rlora.strategies import FSDP1Strategy, FSDP2Strategy
 
 _HOMES = {
-    "adapters": ("export_adapter", "find_pairs", "merge_adapter", "track_offsets"),
+    "adapters": ("export_adapter", "find_pairs", "merge_adapter", "shard_base", "track_offsets"),
     "callbacks": ("AdapterInit", "AdapterOnlyCheckpoint", "LocallyOptimalInit", "Retraction", "SpectrumMonitor"),
     "data": ("CaptionedImageData", "ClassificationData", "DreamBoothData", "ReasoningData", "TextData"),
     "errors": ("UserError",),
     "init": ("locally_optimal_init",),
     "modules": ("CausalLM", "SequenceClassification"),
     "optim": ("RiemannianSGD", "Riemannion", "WhitenedRiemannion", "lora_plus_groups"),
+    "strategies": ("FSDP1Strategy", "FSDP2Strategy"),
 }
 
 __version__ = version("lightning-rlora")
@@ -40,6 +42,8 @@ __all__ = [
     "CausalLM",
     "ClassificationData",
     "DreamBoothData",
+    "FSDP1Strategy",
+    "FSDP2Strategy",
     "LocallyOptimalInit",
     "ReasoningData",
     "Retraction",
@@ -55,6 +59,7 @@ __all__ = [
     "locally_optimal_init",
     "lora_plus_groups",
     "merge_adapter",
+    "shard_base",
     "track_offsets",
 ]
 

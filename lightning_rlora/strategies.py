@@ -29,17 +29,20 @@ class WholeAdapters(Strategy):
     # All that a checkpoint holds is whole in every process: Lightning's ways for single devices are right for it.
     restore_checkpoint_after_setup = Strategy.restore_checkpoint_after_setup
     lightning_restore_optimizer = Strategy.lightning_restore_optimizer
-    lightning_module_state_dict = Strategy.lightning_module_state_dict
     load_model_state_dict = Strategy.load_model_state_dict
     optimizer_state = Strategy.optimizer_state
     load_optimizer_state_dict = Strategy.load_optimizer_state_dict
     save_checkpoint = Strategy.save_checkpoint
     load_checkpoint = Strategy.load_checkpoint
 
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """What is whole: what trains, and the offset of the base."""
+        assert self.lightning_module is not None
+        return keep_adapter(self.lightning_module, self.lightning_module.state_dict())
+
     def start_alike(self) -> None:
         """Make all processes start where the first one does, as DDP does; the base is read from one place anyway."""
-        assert self.lightning_module is not None
-        take_first(keep_adapter(self.lightning_module, self.lightning_module.state_dict()).values())
+        take_first(self.lightning_module_state_dict().values())
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         """A step with the mean of all processes' gradients, which is formed after the last backward pass before it."""

@@ -123,7 +123,7 @@ class AdaptedModel(LightningModule, ABC):
         elif isinstance(strategy, ModelParallelStrategy | FSDPStrategy) and not isinstance(strategy, WholeAdapters):
             raise UserError(
                 f"{type(strategy).__name__} would shard the adapter, too, which must stay whole: use strategy fsdp2, "
-                "or fsdp1 (lightning_rlora.strategies)"
+                "or fsdp1 (FSDP2Strategy and FSDP1Strategy of lightning_rlora)"
             )
         keys = adapter_keys(self)
         unchanged = [name for name, _ in self.named_buffers() if name not in keys or f".{OFFSET}." in name]

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from lightning_rlora.adapters import PiSSA, find_pairs, shard_base
-from lightning_rlora.callbacks import AdapterExport, AdapterInit, SpectrumMonitor
+from lightning_rlora.callbacks import AdapterExport, AdapterInit, AdapterOnlyCheckpoint, SpectrumMonitor
 from lightning_rlora.errors import UserError
 from lightning_rlora.optim import Riemannion
 
@@ -52,6 +52,26 @@ def test_a_process_holds_its_part_of_the_base_and_sends_gradients_once_a_step(st
         assert trained == adapter
         assert adapter < held <= adapter + parts < 0.6 * sum(p.numel() for p in parameters)
         assert sizes == 4 * [adapter]
+
+
+class NoteBuffers(Callback):
+    """Notes what DDP sends to the other processes in every forward pass."""
+
+    def on_train_end(self, trainer, pl_module):
+        trainer.model._assign_modules_buffers()
+        self.sent = sum(buffer.numel() for buffer in trainer.model.modules_buffers)
+        self.held = sum(buffer.numel() for buffer in pl_module.buffers())
+
+
+def buffers(folder):
+    note = NoteBuffers()
+    fit("ddp", 2, folder=folder, steps=1, loi=True, callbacks=(note,))
+    return note.sent, note.held
+
+
+def test_ddp_sends_no_offset_of_the_base(tmp_path):
+    for sent, held in launch(2, buffers, tmp_path, folder=tmp_path):
+        assert sent == 0 < held
 
 
 def half_precision(strategy, folder):
@@ -103,25 +123,34 @@ def test_what_cannot_be_sharded_is_refused(tmp_path):
     launch(2, refused, tmp_path, folder=tmp_path)
 
 
-def project(folder):
+def project(strategy, folder):
     """A project of somebody else's, with a module of its own."""
     from lightning.pytorch import Trainer
     from loi_project import Project, loader, products
 
     class Sharded(Project):
         def configure_model(self):
-            shard_base(self, self.trainer.strategy.mesh)
+            if strategy == "fsdp2":
+                shard_base(self, self.trainer.strategy.mesh)
 
-    module = Sharded()
-    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    Trainer(accelerator="cpu", devices=2, strategy="fsdp2", max_steps=4, default_root_dir=folder, **options).fit(
-        module, loader()
-    )
+    def run(**options):
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        options |= {"strategy": strategy, "callbacks": [AdapterOnlyCheckpoint()], "default_root_dir": folder}
+        return Trainer(accelerator="cpu", devices=2, **quiet | options), Sharded()
+
+    trainer, module = run(max_steps=2)
+    trainer.fit(module, loader())
+    trainer.save_checkpoint(folder / "half.ckpt")
+    trainer, module = run(max_steps=3)
+    trainer.fit(module, loader(), ckpt_path=folder / "half.ckpt")
     return products(module)
 
 
-def test_modules_of_other_projects_shard_themselves(tmp_path, monkeypatch):
+@pytest.mark.parametrize("strategy", ["fsdp1", "fsdp2"])
+def test_modules_of_other_projects_are_sharded(strategy, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "callbacks")
-    first, second = launch(2, project, tmp_path, folder=tmp_path)
+    first, second = launch(2, project, strategy, tmp_path, folder=tmp_path)
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
     assert all(bool(x.any()) for x in first)
+    state = torch.load(tmp_path / "half.ckpt", weights_only=True)["state_dict"]
+    assert all(".lora_" in key or "manifold_offset" in key for key in state)
