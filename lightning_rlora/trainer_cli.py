@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,9 +14,11 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from lightning_rlora import callbacks, data, modules, optim  # noqa: F401  - so that configs may use short class names
+from lightning_rlora import callbacks, data, modules, optim, strategies  # noqa: F401  - so that configs may use short class names
 from lightning_rlora.callbacks import AdapterExport, RunRecord, SpectrumMonitor
 from lightning_rlora.callbacks.atomic_checkpoint_io import AtomicCheckpointIO
+from lightning_rlora.callbacks.end_together import EndTogether
+from lightning_rlora.collectives import gathered
 from lightning_rlora.errors import UserError
 from lightning_rlora.files import write_atomically
 from lightning_rlora.fragments import Config, merge, read_mapping
@@ -122,7 +125,7 @@ class RloraCLI(LightningCLI):
                 "default_root_dir": "runs/default",
                 "num_sanity_val_steps": -1,
                 "log_every_n_steps": 10,
-                "callbacks": [RunRecord(), AdapterExport()],
+                "callbacks": [RunRecord(), AdapterExport(), EndTogether()],
             },
         )
 
@@ -150,6 +153,8 @@ class RloraCLI(LightningCLI):
             checkpoint.dirpath = str(Path(config["default_root_dir"]).absolute() / "checkpoints")
         plugins = config.get("plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
+        if config.get("strategy") == "fsdp":
+            kwargs["strategy"] = "fsdp1"  # Lightning's own would shard the adapter, too
         if config.get("enable_progress_bar") is not False:
             self.trainer_defaults["callbacks"].append(RichProgressBar())
         return super().instantiate_trainer(plugins=[*plugins, AtomicCheckpointIO()], **kwargs)
@@ -164,8 +169,11 @@ class RloraCLI(LightningCLI):
 
     def predict(self, **kwargs: Any) -> None:
         """Write the predictions as JSON lines."""
-        batches = self.trainer.predict(**kwargs) or []
-        self._write("predictions", [record for batch in batches for record in batch])
+        batches: Any = self.trainer.predict(**kwargs) or []
+        parts = gathered([record for batch in batches for record in batch])  # the processes take turns
+        together = [record for turn in zip_longest(*parts) for record in turn if record is not None]
+        if self.trainer.is_global_zero:
+            self._write("predictions", together)
 
     def test(self, verbose: bool = True, **kwargs: Any) -> None:
         """Test, and write the answers as JSON lines if the data asked questions.

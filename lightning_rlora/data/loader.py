@@ -84,7 +84,9 @@ class RowLoader(ResumableLoader):
         seed: Seeds the order.
         num_workers: Processes that make batches.
         rank: This process.
-        world_size: Number of processes; they take turns, and the first rows are repeated until all have equally many.
+        world_size: Number of processes; they take turns, and all have equally many batches. In a shuffled order the
+            first rows are repeated until all have equally many rows, too; in the given one, of which metrics are taken,
+            only where a process would have an empty batch.
     """
 
     def __init__(
@@ -123,8 +125,12 @@ class RowLoader(ResumableLoader):
         """Gives the batches of an epoch but the first ``done``, without making these."""
         count = len(self.dataset)
         order = np.random.default_rng([self.seed, epoch]).permutation(count) if self.shuffle else np.arange(count)
-        mine = np.resize(order, -(-count // self.world_size) * self.world_size)[self.rank :: self.world_size].tolist()
-        indices = [mine[i : i + self.batch_size] for i in range(0, len(mine), self.batch_size)]
+        if self.shuffle or count // self.world_size < len(self):
+            order = np.resize(order, -(-count // self.world_size) * self.world_size)
+        mine = order[self.rank :: self.world_size]
+        indices = [mine[i : i + self.batch_size].tolist() for i in range(0, len(mine), self.batch_size)]
+        if len(indices) < len(self):
+            indices = [part.tolist() for part in np.array_split(mine, len(self))]
         return DataLoader(
             self.dataset,
             batch_sampler=indices[done:],

@@ -13,7 +13,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.text import Perplexity
 
-from lightning_rlora.adapters import PeftConfig, config_fields
+from lightning_rlora.adapters import PeftConfig, config_fields, is_sharded
 from lightning_rlora.errors import UserError
 from lightning_rlora.modules.adapted_model import AdaptedModel
 from lightning_rlora.modules.answers import gathered, judged
@@ -175,5 +175,6 @@ class CausalLM(AdaptedModel):
             max_new_tokens=self.max_new_tokens,
             do_sample=False,
             pad_token_id=self.tokenizer.pad_token_id,
+            synced_gpus=is_sharded(self.model),  # the others wait for those whose answers are longer
         )
         return self.tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -8,7 +8,6 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_rlora.errors import Diverged, UserError
@@ -106,8 +105,6 @@ class PerPairOptimizer(Optimizer):
         pairs = pairs_of_new_group(param_group, self, (self.defaults["algorithm"], "adamw"), self._adamw_lr)
         if self.needs_full_rank:
             check_full_rank(pairs, name)
-        if any(isinstance(factor, DTensor) for pair in pairs for factor in pair):
-            raise UserError(f"{name} takes whole factors, and these are sharded (FSDP2's DTensors): use strategy ddp")
         options = self.defaults | param_group
         if not options["lr"] * options["weight_decay"] < 1:
             raise UserError(
