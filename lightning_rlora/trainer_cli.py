@@ -13,6 +13,7 @@ import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_rlora import callbacks, data, modules, optim, strategies  # noqa: F401  - so that configs may use short class names
 from lightning_rlora.callbacks import AdapterExport, RunRecord, SpectrumMonitor
@@ -88,9 +89,10 @@ class SaveFitConfig(SaveConfigCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Wait."""
 
-    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save."""
-        super().setup(trainer, pl_module, "fit")
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save, now that the data could be read."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            super().setup(trainer, pl_module, "fit")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save, if there was no validation before."""

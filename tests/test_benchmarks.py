@@ -98,7 +98,12 @@ def test_train_step_and_memory_agree_on_the_state(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "size", "layers"), [("sd15", 859_520_964, 128), ("sd2", 865_910_724, 128), ("sdxl", 2_567_463_684, 560)]
+    ("kind", "size", "layers"),
+    [
+        ("sd15", 859_520_964, 128),
+        ("sd2", 865_910_724, 128),
+        pytest.param("sdxl", 2_567_463_684, 560, marks=pytest.mark.slow),
+    ],
 )
 def test_train_step_of_a_unet(kind, size, layers, tmp_path):
     with torch.device("meta"):  # of the published models

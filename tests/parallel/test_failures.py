@@ -68,7 +68,7 @@ def full_disk(strategy, folder):
 def test_a_full_disk_ends_all_processes_and_leaves_nothing(strategy, tmp_path):
     with pytest.raises(AssertionError, match=r"\[1, 1\]"):
         launch(2, full_disk, strategy, tmp_path, folder=tmp_path / "processes")
-    assert (tmp_path / "0.line").read_text() == "No space left on device"
+    assert (tmp_path / "0.line").read_text() == f"No space left on device: {tmp_path / 'run.ckpt'}"
     assert "another process" in (tmp_path / "1.line").read_text()
     assert not list(tmp_path.glob("*.ckpt")) and not list(tmp_path.glob(".*"))
 
