@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
-from runs import fit
+from fits import fit
 
 CASES = {
     "Riemannion with LOI, accumulated and clipped": {"loi": True, "accumulate": 2, "clip": 0.05},

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from fits import Seeds, distance, fit, identical
 from processes import launch
-from runs import Seeds, distance, fit, identical
 
 WORLDS = [("one", 1), ("ddp", 2), ("fsdp1", 2), ("fsdp2", 3)]
 CASE = {"loi": True, "accumulate": 2}

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
+from fits import fit, identical
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from processes import launch
-from runs import fit, identical
 
 from lightning_rlora.callbacks.end_together import EndTogether
 from lightning_rlora.errors import UserError, user_line

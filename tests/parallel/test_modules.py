@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from fits import STRATEGIES
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from processes import launch
-from runs import STRATEGIES
 from torch.utils.data import DataLoader
 
 from lightning_rlora import CausalLM, UserError

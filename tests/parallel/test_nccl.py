@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from fits import distance, identical
 from on_gpus import CASES
-from runs import distance, identical
 
 pytestmark = [pytest.mark.gpu, pytest.mark.multigpu]
 SCRIPT = Path(__file__).with_name("on_gpus.py")

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from fits import STRATEGIES, TinyLM, distance, fit, identical
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
 from processes import launch
-from runs import STRATEGIES, TinyLM, distance, fit, identical
 from safetensors.torch import load_file
 from torch import distributed, nn
 from torch.distributed.device_mesh import DeviceMesh

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from fits import distance, fit, identical
 from processes import launch
-from runs import distance, fit, identical
 
 WORLDS = [("ddp", 2), ("ddp", 3), ("fsdp1", 2), ("fsdp2", 2), ("fsdp2", 3)]
 CASES = {

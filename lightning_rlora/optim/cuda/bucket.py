@@ -16,6 +16,7 @@ from lightning_rlora.optim.cuda.tall_passes import TallPasses
 from lightning_rlora.optim.groups import HYPERPARAMETERS, PairInGroup
 from lightning_rlora.optim.two_pass import (
     RANGE_FLOOR,
+    SMALLEST_SQUARE,
     Direction,
     Half,
     basis_of,
@@ -167,7 +168,8 @@ class Bucket:
         unmoved = self._stands(n[:, :r, :r], _NEARLY_ORTHOGONAL)
         roots, inverses, along, whole = self._along(n)
         rest_roots, rest_inverses = cholesky(
-            n[:, r:, r:] - along.mT @ along, (RANGE_FLOOR[torch.float32] * whole).contiguous()
+            n[:, r:, r:] - along.mT @ along,
+            (RANGE_FLOOR[torch.float32] * whole).clamp_min(SMALLEST_SQUARE).contiguous(),
         )
         basis = basis_of(inverses, along, rest_inverses)
         left, right = (Half(*(x[i::2] for x in (roots, along, rest_roots, basis))) for i in (0, 1))
