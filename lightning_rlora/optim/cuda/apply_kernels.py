@@ -54,17 +54,15 @@ def _apply_to_side(
             entries += 2 * r * r
             change = _add_applied(n, tl.load(entries, mask=inside, other=0.0), change, IS_A, PRECISION)
             carried = _add_applied(n, tl.load(entries + r, mask=inside, other=0.0), carried, IS_A, PRECISION)
-        change = change.to(tl.float32)
-        carried = carried.to(tl.float32)
         if frame is not None:
             weight = _of_rows(frame, rows, height, IS_A)
             change = change * (1 / weight)
             carried = carried * weight
-        moved = _load(factor, rows, columns, height, r, IS_A) + change
+        moved = _load(factor, rows, columns, height, r, IS_A) + change.to(tl.float32)
         if TILE > DEPTH:
             tl.debug_barrier()  # every thread has read the rows before any is overwritten
         _store(factor, moved, rows, columns, height, r, IS_A)
-        _store(momentum, carried, rows, columns, height, r, IS_A)
+        _store(momentum, carried.to(tl.float32), rows, columns, height, r, IS_A)
 
 
 @triton.jit
