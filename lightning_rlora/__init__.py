@@ -8,7 +8,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_rlora.adapters import export_adapter, find_pairs, merge_adapter, track_offsets
+    from lightning_rlora.adapters import export_adapter, find_pairs, merge_adapter, shard_base, track_offsets
     from lightning_rlora.callbacks import (
         AdapterInit,
         AdapterOnlyCheckpoint,
@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     from lightning_rlora.init import locally_optimal_init
     from lightning_rlora.modules import CausalLM, SequenceClassification, TextToImage
     from lightning_rlora.optim import RiemannianSGD, Riemannion, WhitenedRiemannion, lora_plus_groups
+    from lightning_rlora.strategies import FSDP1Strategy, FSDP2Strategy
 
 _HOMES = {
-    "adapters": ("export_adapter", "find_pairs", "merge_adapter", "track_offsets"),
+    "adapters": ("export_adapter", "find_pairs", "merge_adapter", "shard_base", "track_offsets"),
     "callbacks": (
         "AdapterInit",
         "AdapterOnlyCheckpoint",
@@ -40,6 +41,7 @@ _HOMES = {
     "init": ("locally_optimal_init",),
     "modules": ("CausalLM", "SequenceClassification", "TextToImage"),
     "optim": ("RiemannianSGD", "Riemannion", "WhitenedRiemannion", "lora_plus_groups"),
+    "strategies": ("FSDP1Strategy", "FSDP2Strategy"),
 }
 
 __version__ = version("lightning-rlora")
@@ -50,6 +52,8 @@ __all__ = [
     "CausalLM",
     "ClassificationData",
     "DreamBoothData",
+    "FSDP1Strategy",
+    "FSDP2Strategy",
     "ImageSimilarity",
     "LocallyOptimalInit",
     "ReasoningData",
@@ -68,6 +72,7 @@ __all__ = [
     "locally_optimal_init",
     "lora_plus_groups",
     "merge_adapter",
+    "shard_base",
     "track_offsets",
 ]
 

@@ -28,6 +28,9 @@ def user_line(error: BaseException) -> str | None:
         return " ".join(str(error).split())
     if name == "OutOfMemoryError":
         return "the device's memory does not suffice: lower data.batch_size or set model.gradient_checkpointing"
+    # what gloo and NCCL say
+    if isinstance(error, RuntimeError) and any(x in str(error) for x in (" by peer", "remote process exiting")):
+        return "another process of this run has ended, and says why if it could: resume from the last checkpoint"
     if isinstance(error, ValueError) and "loaded state dict" in str(error):
         return "the checkpoint was made with another optimizer or adapter: resume with the run's own configuration"
     return None

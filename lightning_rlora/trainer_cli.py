@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,10 +13,13 @@ import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.trainer.states import TrainerFn
 
-from lightning_rlora import callbacks, data, modules, optim  # noqa: F401  - so that configs may use short class names
+from lightning_rlora import callbacks, data, modules, optim, strategies  # noqa: F401  - so that configs may use short class names
 from lightning_rlora.callbacks import AdapterExport, RunRecord, SpectrumMonitor
 from lightning_rlora.callbacks.atomic_checkpoint_io import AtomicCheckpointIO
+from lightning_rlora.callbacks.end_together import EndTogether
+from lightning_rlora.collectives import gathered
 from lightning_rlora.errors import UserError
 from lightning_rlora.files import write_atomically
 from lightning_rlora.fragments import Config, merge, read_mapping
@@ -76,12 +80,32 @@ def condense(message: str) -> str:
 
 
 class SaveFitConfig(SaveConfigCallback):
-    """Saves the configuration of a training run; measuring or predicting must not replace it."""
+    """Saves the configuration of a training run; measuring or predicting must not replace it.
+
+    It does so when the run begins, with the first validation or training step: data or a checkpoint that cannot be read
+    leave an earlier run's configuration alone.
+    """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Save if this is a fit."""
-        if stage == "fit":
-            super().setup(trainer, pl_module, stage)
+        """Wait."""
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save, now that the data could be read."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            super().setup(trainer, pl_module, "fit")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save, if there was no validation before."""
+        super().setup(trainer, pl_module, "fit")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save, if a resumed run had no step left."""
+        super().setup(trainer, pl_module, "fit")
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write the file as a whole."""
+        config = self.parser.dump(self.config, skip_none=False)
+        write_atomically(Path(trainer.default_root_dir) / self.config_filename, config.encode())
 
 
 class RloraCLI(LightningCLI):
@@ -94,7 +118,7 @@ class RloraCLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_callback=SaveFitConfig,
-            save_config_kwargs={"overwrite": True},
+            save_config_kwargs={"save_to_log_dir": False},
             parser_class=Parser,
             args=one_configuration(args),
             seed_everything_default=0,
@@ -103,7 +127,7 @@ class RloraCLI(LightningCLI):
                 "default_root_dir": "runs/default",
                 "num_sanity_val_steps": -1,
                 "log_every_n_steps": 10,
-                "callbacks": [RunRecord(), AdapterExport()],
+                "callbacks": [RunRecord(), AdapterExport(), EndTogether()],
             },
         )
 
@@ -131,6 +155,8 @@ class RloraCLI(LightningCLI):
             checkpoint.dirpath = str(Path(config["default_root_dir"]).absolute() / "checkpoints")
         plugins = config.get("plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
+        if config.get("strategy") == "fsdp":
+            kwargs["strategy"] = "fsdp1"  # Lightning's own would shard the adapter, too
         if config.get("enable_progress_bar") is not False:
             self.trainer_defaults["callbacks"].append(RichProgressBar())
         return super().instantiate_trainer(plugins=[*plugins, AtomicCheckpointIO()], **kwargs)
@@ -145,8 +171,11 @@ class RloraCLI(LightningCLI):
 
     def predict(self, **kwargs: Any) -> None:
         """Write the predictions as JSON lines."""
-        batches = self.trainer.predict(**kwargs) or []
-        self._write("predictions", [record for batch in batches for record in batch])
+        batches: Any = self.trainer.predict(**kwargs) or []
+        parts = gathered([record for batch in batches for record in batch])  # the processes take turns
+        together = [record for turn in zip_longest(*parts) for record in turn if record is not None]
+        if self.trainer.is_global_zero:
+            self._write("predictions", together)
 
     def test(self, verbose: bool = True, **kwargs: Any) -> None:
         """Test, and write the answers as JSON lines if the data asked questions.

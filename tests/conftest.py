@@ -29,10 +29,13 @@ def pytest_configure(config):
     torch.set_num_threads(1)  # small matrices: a second thread only waits
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    skip_slow = pytest.mark.skip(reason="slow: run with -m slow")
     skip = pytest.mark.skip(reason="needs a CUDA device, and there is none")
     skip_multi = pytest.mark.skip(reason="needs several CUDA devices")
     for item in items:
+        if item.get_closest_marker("slow") and "slow" not in config.option.markexpr:
+            item.add_marker(skip_slow)
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(skip)
         if item.get_closest_marker("multigpu") and torch.cuda.device_count() < 2:

@@ -9,6 +9,7 @@ import lightning_rlora
 
 PACKAGE = Path(lightning_rlora.__file__).parent
 FREE = {
+    "collectives",
     "errors",
     "files",
     "fragments",
@@ -21,13 +22,14 @@ ALLOWED = {
     "optim": {"geometry", "adapters"},
     "init": {"geometry", "adapters"},
     "callbacks": {"geometry", "adapters", "optim", "init"},
-    "modules": {"geometry", "adapters", "optim", "init"},
+    "strategies": {"geometry", "adapters"},
+    "modules": {"geometry", "adapters", "optim", "init", "strategies"},
     "data": {"geometry", "adapters", "optim", "init"},
     "bench": {"geometry", "adapters", "optim", "init", "callbacks", "modules", "data"},
-    "cli": {"geometry", "adapters", "optim", "init", "callbacks", "modules", "data", "bench"},
+    "cli": {"geometry", "adapters", "optim", "init", "callbacks", "strategies", "modules", "data", "bench"},
 }
 ONLY_IN = {
-    "lightning": {"callbacks", "modules", "data", "cli"},
+    "lightning": {"callbacks", "strategies", "modules", "data", "cli"},
     "peft": {"adapters"},
     "diffusers": {"adapters", "modules"},
     "jsonargparse": {"cli"},

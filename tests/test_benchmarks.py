@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -22,6 +23,7 @@ import llama
 import memory
 import step_time
 import train_step
+import unet
 
 pytestmark = pytest.mark.skipif(bench.ON_GPU, reason="these shapes and counts are those of a CPU")
 
@@ -95,10 +97,29 @@ def test_train_step_and_memory_agree_on_the_state(tmp_path):
     assert len(found["ratios"]) == 2 and all(ms > 0 for ms in found["step_ms"].values())
 
 
+@pytest.mark.parametrize(
+    ("kind", "size", "layers"),
+    [
+        ("sd15", 859_520_964, 128),
+        ("sd2", 865_910_724, 128),
+        pytest.param("sdxl", 2_567_463_684, 560, marks=pytest.mark.slow),
+    ],
+)
+def test_train_step_of_a_unet(kind, size, layers, tmp_path):
+    with torch.device("meta"):  # of the published models
+        assert sum(p.numel() for p in UNet2DConditionModel(**unet.stable_diffusion(kind)).parameters()) == size
+    options = ["--model", kind, "--shrink", "16", "--batch", "1", "--rank", "2", "--blocks", "1", "--steps", "1"]
+    found = report(train_step.main, tmp_path, *options)
+    pairs = find_pairs(unet.adapted_unet(unet.stable_diffusion(kind, 16), 2))
+    assert len(pairs) == layers
+    numbers = 2 * sum(sum(pair.shape[:2]) for pair in pairs)
+    assert found["memory"]["AdamW"]["state"] == 4 * (2 * numbers + 2 * layers)
+
+
 @pytest.mark.parametrize("name", train_step.COMPARED)
 def test_sides_train_adapters_of_their_own_as_if_alone(name):
     config = llama.llama_3_8b(1, 64)
-    tokens = torch.randint(config.vocab_size, (2, 8), generator=torch.Generator().manual_seed(0))
+    tokens = llama.Tokens(torch.randint(config.vocab_size, (2, 8), generator=torch.Generator().manual_seed(0)))
 
     def trained(names):
         model = llama.adapted_llama(config, 2)

@@ -307,6 +307,22 @@ def test_a_second_run_in_a_folder_loses_nothing(folder, capsys):
     assert Path("run/previous/1/checkpoints/last.ckpt").is_file()
 
 
+def test_data_that_cannot_be_read_leave_an_earlier_run_alone(folder, capsys):
+    assert run(FIT, capsys)[0] == 0
+    before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    fails([*FIT, "--data.text", "body"], capsys, "body")
+    assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == before
+
+
+def test_a_full_disk_leaves_no_half_configuration(folder, monkeypatch, capsys):
+    def full(self, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    fails(FIT, capsys, "No space left on device", "run/")
+    assert not [path for path in Path("run").rglob("*") if path.is_file()]
+
+
 def test_a_full_disk_leaves_the_last_checkpoint_whole(folder, monkeypatch, capsys):
     saved = []
     save = torch.save
@@ -320,7 +336,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(folder, monkeypatch, capsy
 
     monkeypatch.setattr(torch, "save", save_until_full)
     arguments = [*FIT, "--trainer.max_steps", "6", "--checkpoint.every_n_train_steps", "1"]
-    fails(arguments, capsys, "No space left on device")
+    fails(arguments, capsys, "No space left on device", "run/checkpoints")
     checkpoint = torch.load("run/checkpoints/last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 1
     assert not list(Path("run/checkpoints").glob(".*"))

@@ -58,7 +58,9 @@ def same(x, y):
     return torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
 
 
-@pytest.fixture(scope="module", params=METHODS)
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=[] if "LOI" in name else pytest.mark.slow) for name in METHODS]
+)
 def uninterrupted(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted")
     main([*COMMON, *METHODS[request.param], "--trainer.default_root_dir", str(folder)])

@@ -3,7 +3,7 @@
 import gc
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import yaml
@@ -55,23 +55,39 @@ def adapted_llama(config: LlamaConfig, rank: int) -> nn.Module:
     return model.train()
 
 
-def random_tokens(config: LlamaConfig, batch: int, length: int) -> Tensor:
-    return torch.randint(config.vocab_size, (batch, length), device=DEVICE)
+class Tokens(NamedTuple):
+    """A batch of text, (B, length)."""
+
+    ids: Tensor
+
+    def loss(self, model: nn.Module) -> Tensor:
+        """The mean cross-entropy of the next token."""
+        return model(input_ids=self.ids, labels=self.ids, use_cache=False).loss
+
+
+class Batch(Protocol):
+    """What a model is trained on."""
+
+    def loss(self, model: nn.Module) -> Tensor: ...
+
+
+def random_tokens(config: LlamaConfig, batch: int, length: int) -> Tokens:
+    return Tokens(torch.randint(config.vocab_size, (batch, length), device=DEVICE))
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def backward(model: nn.Module, tokens: Tensor) -> Tensor:
+def backward(model: nn.Module, batch: Batch) -> Tensor:
     with torch.autocast(DEVICE.type, torch.bfloat16):
-        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        loss = batch.loss(model)
     loss.backward()
     return loss.detach()
 
 
-def training_step(model: nn.Module, optimizer: Optimizer, tokens: Tensor) -> Tensor:
-    loss = backward(model, tokens)
+def training_step(model: nn.Module, optimizer: Optimizer, batch: Batch) -> Tensor:
+    loss = backward(model, batch)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss
@@ -82,7 +98,7 @@ def state_bytes(optimizer: Optimizer) -> int:
     return sum(v.nbytes for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))
 
 
-def training_memory(model: nn.Module, make: Callable[[nn.Module], Optimizer], tokens: Tensor) -> dict[str, int | None]:
+def training_memory(model: nn.Module, make: Callable[[nn.Module], Optimizer], batch: Batch) -> dict[str, int | None]:
     """Bytes that training with an optimizer takes; it lives no longer than this call. No peaks without a GPU.
 
     Returns:
@@ -95,16 +111,16 @@ def training_memory(model: nn.Module, make: Callable[[nn.Module], Optimizer], to
         torch.cuda.empty_cache()
     optimizer = make(model)
     for _ in range(3):
-        training_step(model, optimizer, tokens)
+        training_step(model, optimizer, batch)
     sizes: dict[str, int | None] = dict.fromkeys(("held", "peak", "reserved", "inside_step"))
     sizes["state"] = state_bytes(optimizer)
     if ON_GPU:
         sizes["held"] = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         for _ in range(3):
-            training_step(model, optimizer, tokens)
+            training_step(model, optimizer, batch)
         sizes["peak"], sizes["reserved"] = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-        backward(model, tokens)
+        backward(model, batch)
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         optimizer.step()

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from bench import MIB, ON_GPU, TO_MS, header, interleaved, latency, parser, show, write
-from llama import PROJECTIONS, adapted_llama, backward, llama_3_8b, random_tokens, training_memory
+from llama import PROJECTIONS, Batch, adapted_llama, backward, llama_3_8b, random_tokens, training_memory
 from memory import adamw
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_rlora.adapters import find_pairs, get_offset
 from lightning_rlora.init import locally_optimal_init
@@ -95,7 +95,7 @@ class Measured:
         return {"ms": statistics.median(self.times), "all_ms": self.times, "peak": peak}
 
 
-def compare(model: nn.Module, batches: list[Tensor], repeats: int, power_steps: int, oversampling: int) -> Results:
+def compare(model: nn.Module, batches: list[Batch], repeats: int, power_steps: int, oversampling: int) -> Results:
     """The passes alone and LOI, with and without a shift of the base, in turn."""
 
     def backward_all() -> None:
@@ -149,7 +149,7 @@ def as_adapted(model: nn.Module) -> Iterator[None]:
                 offset.remove()
 
 
-def lora_ga(base: nn.Module, batches: list[Tensor], rank: int, repeats: int) -> dict[str, Any]:
+def lora_ga(base: nn.Module, batches: list[Batch], rank: int, repeats: int) -> dict[str, Any]:
     """LoRA-GA's preparation and start; where it does not run, why."""
     measured = Measured()
     try:

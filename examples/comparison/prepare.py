@@ -1,24 +1,31 @@
-"""Make the data of plan.yaml: GSM8K and textbook chapters, each with a held-out part that is the same for every run.
+"""Make the data of the plans: GSM8K, textbooks, commonsense, each with a held-out part that is the same for every run.
 
     git clone https://github.com/openai/grade-school-math
     for book in physics life-liberty-and-pursuit-happiness college-success-bundle; do
         git clone --depth 1 https://github.com/openstax/osbooks-$book
     done
+    git clone --depth 1 https://github.com/AGI-Edgerunners/LLM-Adapters
     python examples/comparison/prepare.py --output data \
-        --gsm8k grade-school-math/grade_school_math/data/train.jsonl --textbooks osbooks-*
+        --gsm8k grade-school-math/grade_school_math/data/train.jsonl --textbooks osbooks-* \
+        --commonsense LLM-Adapters/dataset
 
-GSM8K (MIT licence) and OpenStax's textbooks (CC BY 4.0) are public. A textbook may also be a file of JSON lines with
-the fields `title` and `text`, plain or compressed; with `--source openstax/` only records whose `source` begins so.
+GSM8K (MIT licence), OpenStax's textbooks (CC BY 4.0) and LLM-Adapters' commonsense tasks (ODC-By) are public; what is
+left out is not made. A textbook may also be a file of JSON lines with the fields `title` and `text`, plain or
+compressed; with `--source openstax/` only records whose `source` begins so. The commonsense mix is trained on the
+questions and answers of BoolQ, ARC and OpenBookQA, and held out are these tasks' tests and PIQA's.
 """
 
 import argparse
 import json
+import random
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from pathlib import Path
 
 from lightning_rlora.data.sources import read_records
 
+ASKED = ["boolq", "ARC-Easy", "ARC-Challenge", "openbookqa"]
+"""Tasks that are trained on; BoolQ's questions come without their passages."""
 CNXML = "{http://cnx.rice.edu/cnxml}"
 TEXT = {f"{CNXML}para", f"{CNXML}item"}
 
@@ -60,13 +67,26 @@ def words(element: ElementTree.Element) -> Iterator[str]:
         yield child.tail or ""
 
 
-def split(records: list[dict[str, str]], every: int, folder: Path) -> None:
+def split(records: list[dict[str, str]], every: int) -> dict[str, list[dict[str, str]]]:
     """Hold out every so-manieth record."""
+    train = [record for number, record in enumerate(records) if number % every]
+    return {"train": train, "validation": records[::every]}
+
+
+def commonsense(folder: Path) -> dict[str, list[dict[str, str]]]:
+    """The tasks of LLM-Adapters in one, in random order, so that the first ones are a sample of all."""
+    parts = {"train": [], "validation": []}
+    for name, part, tasks in (("train", "train", ASKED), ("validation", "test", [*ASKED, "piqa"])):
+        for task in tasks:
+            (path,) = folder.glob(f"{task}/{part}.json*")
+            for record in read_records(str(path), part):
+                parts[name].append({"text": f"{record['instruction']}\n\n{record['output']}"})
+        random.Random(0).shuffle(parts[name])
+    return parts
+
+
+def write(parts: dict[str, list[dict[str, str]]], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    parts = {
-        "train": [record for number, record in enumerate(records) if number % every],
-        "validation": records[::every],
-    }
     for name, part in parts.items():
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in part)
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
@@ -75,17 +95,21 @@ def split(records: list[dict[str, str]], every: int, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gsm8k", type=Path, required=True, help="its train.jsonl, plain or compressed")
-    parser.add_argument("--textbooks", type=Path, nargs="+", required=True, help="clones, or files of JSON lines")
+    parser.add_argument("--gsm8k", type=Path, help="its train.jsonl, plain or compressed")
+    parser.add_argument("--textbooks", type=Path, nargs="+", help="clones, or files of JSON lines")
     parser.add_argument("--source", default="", help="of records in files, what `source` begins with")
+    parser.add_argument("--commonsense", type=Path, help="folder `dataset` of a clone, its files plain or compressed")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
-    problems = [
-        {key: record[key] for key in ("question", "answer")} for record in read_records(str(arguments.gsm8k), "train")
-    ]
-    split(problems, 20, arguments.output / "gsm8k")
-    documents = [document for path in arguments.textbooks for document in chapters(path, arguments.source)]
-    split(documents, 20, arguments.output / "textbooks")
+    if arguments.gsm8k:
+        records = read_records(str(arguments.gsm8k), "train")
+        problems = [{key: record[key] for key in ("question", "answer")} for record in records]
+        write(split(problems, 20), arguments.output / "gsm8k")
+    if arguments.textbooks:
+        documents = [document for path in arguments.textbooks for document in chapters(path, arguments.source)]
+        write(split(documents, 20), arguments.output / "textbooks")
+    if arguments.commonsense:
+        write(commonsense(arguments.commonsense), arguments.output / "commonsense")
 
 
 if __name__ == "__main__":

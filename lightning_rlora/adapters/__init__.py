@@ -28,6 +28,7 @@ from lightning_rlora.adapters.offset import (
     track_offsets,
 )
 from lightning_rlora.adapters.pairs import LoraPair, LoraScan, find_pairs, matrix, scan
+from lightning_rlora.adapters.sharding import is_sharded, shard_base, unwrapped, wrap_base
 from lightning_rlora.adapters.starts import LoftQ, OLoRA, Passes, PiSSA, Start, Stiefel, renew_magnitude
 from lightning_rlora.adapters.state import adapter_keys, check_adapter, keep_adapter, read_checkpoint
 
@@ -57,6 +58,7 @@ __all__ = [
     "float32_heads",
     "get_offset",
     "group_by_shape",
+    "is_sharded",
     "keep_adapter",
     "load_adapter",
     "matrix",
@@ -68,7 +70,10 @@ __all__ = [
     "refuse_trained",
     "renew_magnitude",
     "scan",
+    "shard_base",
     "subtract_start",
     "track_offsets",
+    "unwrapped",
+    "wrap_base",
     "write_point",
 ]

@@ -8,8 +8,9 @@ from peft import LoraConfig, PeftModel, initialize_lora_eva_weights
 from peft.tuners.lora.config import CordaConfig, EvaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from torch import nn
+from torch.distributed.tensor import DTensor
 
-from lightning_rlora.adapters.pairs import LoraPair
+from lightning_rlora.adapters.pairs import LoraPair, base_weight
 from lightning_rlora.adapters.starts import Passes, Start, check_linear, keep_base
 from lightning_rlora.errors import UserError
 
@@ -83,6 +84,8 @@ class CorDA(Start):
     def set_factors(self, model: nn.Module, pairs: list[LoraPair], passes: Passes, generator: torch.Generator) -> None:
         """Measure the covariances and decompose every weight."""
         check_linear(pairs, "CorDA")
+        if any(isinstance(base_weight(pair), DTensor) for pair in pairs):
+            raise UserError("CorDA decomposes whole weights, and the base is sharded: start it under strategy ddp")
 
         def run_model() -> None:
             for batch in map(_keywords, passes.batches):

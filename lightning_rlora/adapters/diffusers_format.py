@@ -4,6 +4,7 @@ Both hold factors whose product with the written alpha / r is the change of the 
 know no alpha, so there the scaling goes into B and alpha = r; kohya's has an alpha for each layer.
 """
 
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def write_diffusers_files(
     """Write the adapter's files for image tools, as far as their formats can hold it.
 
     Neither holds anything but LoRA's factors, biases and DoRA's magnitudes; kohya's, as diffusers reads it, only
-    factors.
+    factors. A warning says if nothing is written.
 
     Args:
         folder: Where to.
@@ -46,18 +47,24 @@ def write_diffusers_files(
         ranks: Rank of each layer, by its path in the UNet.
         alphas: Alpha of each layer: its scaling is alpha / rank.
     """
-    if not isinstance(config, LoraConfig) or not all(key.endswith(_FACTORS) for key in state):
+    others = [key for key in state if not isinstance(config, LoraConfig) or not key.endswith(_FACTORS)]
+    if others:
+        warnings.warn(
+            f"no {DIFFUSERS_WEIGHTS} is written: image tools' formats hold LoRA's factors only, and not {others[0]}; "
+            "load the folder with PEFT, or merge it into a pipeline (rlora merge)",
+            stacklevel=2,
+        )
         return
     from diffusers.loaders import StableDiffusionLoraLoaderMixin
 
     scaled = _scaled(state, {name: alphas[name] / ranks[name] for name in ranks})
     common = Counter(ranks.values()).most_common(1)[0][0]
-    others = {f"^{name}": rank for name, rank in ranks.items() if rank != common}
+    patterns = {f"^{name}": rank for name, rank in ranks.items() if rank != common}
     metadata = {
         "r": common,
         "lora_alpha": common,
-        "rank_pattern": others,
-        "alpha_pattern": others,
+        "rank_pattern": patterns,
+        "alpha_pattern": patterns,
         "target_modules": sorted(ranks),
         "use_dora": config.use_dora,
         "lora_bias": config.lora_bias,

@@ -13,9 +13,12 @@ from torch.utils.hooks import RemovableHandle
 from lightning_rlora.adapters.pairs import (
     LoraPair,
     base_weight,
+    gathered,
     is_quantised,
     is_transposed,
     matrix,
+    own_rows,
+    whole,
     with_shared_base,
 )
 from lightning_rlora.errors import UserError
@@ -83,21 +86,23 @@ class BaseOffset(nn.Module):
 
     def _shift(self, sign: float) -> None:
         pair = self._pair[0]
-        weight = base_weight(pair)
         # Where in memory its operands lie may change a matrix product's rounding, and a resumed run must find the very
         # same base. In float64 that is 1e-16 of the offset, and gone once the sum is rounded to the weight's dtype.
-        delta = (sign * self.left.double()) @ self.right.double()
-        delta = (delta.mT if is_transposed(pair) else delta).reshape(weight.shape)
-        weight.copy_(delta.add_(weight))
-
-    def _positions(self) -> Tensor:
-        weight = base_weight(self._pair[0])
-        # in integers, so that every device takes the same entries
-        return torch.arange(_SAMPLES, device=weight.device) * (weight.numel() - 1) // (_SAMPLES - 1)
+        left, right = (sign * self.left).double(), self.right.double()
+        if is_transposed(pair):
+            left, right = right.mT, left.mT
+        with gathered(pair):
+            own, rows = own_rows(base_weight(pair))
+            delta = left[rows] @ right
+            own.copy_(delta.reshape(own.shape).add_(own))
 
     def _entries(self) -> Tensor:
-        weight = base_weight(self._pair[0]).detach()
-        return weight.flatten()[self._positions()].float()
+        pair = self._pair[0]
+        with gathered(pair):
+            weight = whole(base_weight(pair).detach())
+            # in integers, so that every device takes the same entries
+            positions = torch.arange(_SAMPLES, device=weight.device) * (weight.numel() - 1) // (_SAMPLES - 1)
+            return weight.flatten()[positions].float()
 
     @torch.no_grad()
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

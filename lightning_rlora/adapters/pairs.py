@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -73,11 +75,12 @@ def scan(model: nn.Module) -> LoraScan:
     Raises:
         UserError: If a pair's rank exceeds min(m, n): no matrix of that rank exists.
     """
-    candidates = [pair for name, module in model.named_modules() for pair in _layer_pairs(name, module)]
+    candidates = [pair for name, module in model.named_modules() for pair in _layer_pairs(plain(name), module)]
     uses = Counter(_address(factor) for pair in candidates for factor in (pair.a, pair.b))
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {id(parameter): plain(name) for name, parameter in model.named_parameters()}
     pairs: list[LoraPair] = []
-    left_out = {key: reason for name, module in model.named_modules() for key, reason in _other_methods(name, module)}
+    modules = ((plain(name), module) for name, module in model.named_modules())
+    left_out = {key: reason for name, module in modules for key, reason in _other_methods(name, module)}
     for pair in candidates:
         trainable = [factor for factor in (pair.a, pair.b) if factor.requires_grad]
         if not trainable:
@@ -94,7 +97,7 @@ def scan(model: nn.Module) -> LoraScan:
         else:
             left_out |= {names[id(factor)]: reason for factor in trainable}
     taken = {id(factor) for pair in pairs for factor in (pair.a, pair.b)}
-    others = {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in taken}
+    others = {plain(n): p for n, p in model.named_parameters() if p.requires_grad and id(p) not in taken}
     return LoraScan(pairs, others, left_out)
 
 
@@ -195,3 +198,43 @@ def with_shared_base(model: nn.Module, pairs: list[LoraPair]) -> list[LoraPair]:
     """The pairs whose base weight is another layer's too (tied embeddings), so that it must not be changed."""
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     return [pair for pair in pairs if uses[id(base_weight(pair))] > 1]
+
+
+FSDP1 = "_fsdp_wrapped_module"
+"""What FSDP1 puts into the paths of the modules that it wraps."""
+
+
+FSDP1_UNIT = "fsdp1_unit"
+"""Name of the attribute by which a layer knows the wrapper that shards it, the only entry of a tuple."""
+
+
+def plain(name: str) -> str:
+    """A path in a model as it is without FSDP1."""
+    return name.replace(f"{FSDP1}.", "")
+
+
+@contextmanager
+def gathered(pair: LoraPair) -> Iterator[None]:
+    """The base weight, of which FSDP1 leaves a process a flat part, as it is without; what is written to it lasts."""
+    unit = getattr(pair.layer.get_base_layer(), FSDP1_UNIT, None)
+    if unit is None:
+        yield
+    else:
+        with FullyShardedDataParallel.summon_full_params(unit[0], recurse=False):
+            yield
+
+
+def whole(weight: Tensor) -> Tensor:
+    """All of a weight; of one that FSDP2 shards a copy, for which all processes must ask together."""
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
+def own_rows(weight: Tensor) -> tuple[Tensor, slice]:
+    """The part of a weight that this process holds, to be written to, and which rows of the whole it is."""
+    if not isinstance(weight, DTensor):
+        return weight, slice(len(weight))
+    # FSDP2 cuts along the first dimension, into parts of equal height, of which the last may be short or empty
+    own = weight.to_local()
+    height = -(-len(weight) // weight.device_mesh.size())
+    first = min(weight.device_mesh.get_local_rank() * height, len(weight))
+    return own, slice(first, first + len(own))

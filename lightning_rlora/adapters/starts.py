@@ -5,7 +5,8 @@ it, W' = W - c B A, so that the function is unchanged; `AdapterInit` does that, 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from lightning_rlora.adapters.gauge import write_point
-from lightning_rlora.adapters.pairs import LoraPair, base_weight, is_quantised, is_transposed, matrix
+from lightning_rlora.adapters.pairs import LoraPair, base_weight, gathered, is_quantised, is_transposed, matrix, whole
 from lightning_rlora.errors import UserError
 from lightning_rlora.geometry import Point
 
@@ -160,27 +161,44 @@ def _before_quantisation(model: Any) -> nn.Module:
 def check_linear(pairs: list[LoraPair], start: str) -> None:
     """Refuse layers that PEFT's initialisations of linear layers do not know, before anything is done."""
     for pair in pairs:
-        if pair.adapter not in pair.layer.lora_A or base_weight(pair).ndim != 2:
+        if pair.adapter not in pair.layer.lora_A or pair.a.ndim != 2:
             raise UserError(f"layer {pair.name} is not linear, and {start} knows linear layers only")
+
+
+@contextmanager
+def whole_base(pair: LoraPair) -> Iterator[None]:
+    """All of the base weight in its layer's hands for a while, a copy: what is done to it does not last.
+
+    Of a weight that is sharded over processes this is the only way to see it, outside the model's own passes.
+    """
+    if is_quantised(pair):  # never sharded, and more than its numbers
+        yield
+        return
+    with gathered(pair):
+        layer, weight = pair.layer.get_base_layer(), base_weight(pair)
+        layer.weight = nn.Parameter(whole(weight.detach()).clone(), requires_grad=False)
+        try:
+            yield
+        finally:
+            layer.weight = weight
 
 
 @torch.no_grad()
 def keep_base(pair: LoraPair, peft_init: Callable[[Any, str], object]) -> None:
     """Run one of PEFT's initialisations of a layer, and undo what it did to the base.
 
-    PEFT puts new tensors in the places of weights and factors, or changes the weight in place; afterwards each is where
-    it was in memory, the base with its old values to the last bit.
+    PEFT puts new tensors in the places of the factors, or changes them in place; afterwards they are where they were in
+    memory.
 
     Args:
         pair: The layer's pair.
         peft_init: Called with PEFT's layer and the adapter's name.
     """
-    weight = base_weight(pair)
-    tensors = weight.data, pair.a.data, pair.b.data
-    pristine = weight.detach().clone()
-    peft_init(pair.layer, pair.adapter)
-    values = pristine, pair.a.data, pair.b.data
-    for parameter, tensor, value in zip((weight, pair.a, pair.b), tensors, values, strict=True):
+    tensors = pair.a.data, pair.b.data
+    with whole_base(pair):
+        peft_init(pair.layer, pair.adapter)
+    values = pair.a.data, pair.b.data
+    for parameter, tensor, value in zip((pair.a, pair.b), tensors, values, strict=True):
         parameter.data = tensor
         parameter.copy_(value)
 
@@ -195,8 +213,9 @@ def renew_magnitude(pair: LoraPair) -> None:
         return
     dora: Any = pair.layer.lora_magnitude_vector[pair.adapter]
     magnitude = dora.weight  # the optimizer's
-    dora.update_layer(
-        base_layer=pair.layer.get_base_layer(), lora_A=pair.a.detach(), lora_B=pair.b.detach(), scaling=pair.scaling
-    )
+    with whole_base(pair):
+        dora.update_layer(
+            base_layer=pair.layer.get_base_layer(), lora_A=pair.a.detach(), lora_B=pair.b.detach(), scaling=pair.scaling
+        )
     magnitude.copy_(dora.weight)
     dora.weight = magnitude

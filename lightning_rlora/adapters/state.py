@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_rlora.adapters.offset import NAME
+from lightning_rlora.adapters.pairs import plain
 from lightning_rlora.errors import UserError
 
 
@@ -23,11 +24,11 @@ def adapter_keys(module: nn.Module) -> set[str]:
     Args:
         module: An adapted model, or a LightningModule that contains one.
     """
-    keys = {name for name, parameter in module.named_parameters(remove_duplicate=False) if parameter.requires_grad}
+    keys = {plain(name) for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
     trained_adapters = {_adapter_of(key) for key in keys} - {None}
     for name, part in module.named_modules(remove_duplicate=False):
         if any(parameter.requires_grad for parameter in part.parameters(recurse=False)):
-            keys |= {f"{name}.{key}".lstrip(".") for key, _ in part.named_buffers(recurse=False)}
+            keys |= {plain(f"{name}.{key}").lstrip(".") for key, _ in part.named_buffers(recurse=False)}
     state = module.state_dict()
     together = {key for key in state if f".{NAME}." in f".{key}" or _adapter_of(key) in trained_adapters}
     return (keys | together) & state.keys()
@@ -52,7 +53,7 @@ def check_adapter(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
         UserError: If a trained tensor of the module is missing in the state dict, or has another shape there (an
             adapter of another rank, or for another base).
     """
-    parameters = {n: p for n, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
+    parameters = {plain(n): p for n, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
     for name, parameter in parameters.items():
         saved = state_dict.get(name)
         if not isinstance(saved, Tensor):

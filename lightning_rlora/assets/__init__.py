@@ -5,6 +5,8 @@ from pathlib import Path
 from lightning_rlora.errors import UserError
 
 _FOLDER = Path(__file__).parent
+_KINDS = ("config.json", "model_index.json")
+"""What tells the folder of a language model, and of a diffusion pipeline."""
 
 
 def resolve(name: str) -> str:
@@ -15,8 +17,9 @@ def resolve(name: str) -> str:
     """
     if not name.startswith("embedded:"):
         return name
-    folder = _FOLDER / name.removeprefix("embedded:")
-    if not (folder / "config.json").is_file():
-        known = ", ".join(f"embedded:{path.parent.name}" for path in sorted(_FOLDER.glob("*/config.json")))
-        raise UserError(f"no model {name!r} in the package: there is {known}")
-    return str(folder)
+    models = {
+        f"embedded:{path.parent.name}": path.parent for kind in _KINDS for path in sorted(_FOLDER.glob(f"*/{kind}"))
+    }
+    if name not in models:
+        raise UserError(f"no model {name!r} in the package: there is {', '.join(models)}")
+    return str(models[name])

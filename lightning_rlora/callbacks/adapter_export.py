@@ -5,7 +5,7 @@ from pathlib import Path
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightning_rlora.adapters import export_adapter, find_adapted
+from lightning_rlora.adapters import export_adapter, find_adapted, unwrapped
 
 
 class AdapterExport(Callback):
@@ -25,5 +25,6 @@ class AdapterExport(Callback):
         if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
             return
         folder = Path(self.folder or Path(trainer.default_root_dir) / "adapter")
-        error = export_adapter(find_adapted(pl_module), folder, truncated=self.truncated)
+        with unwrapped(pl_module):
+            error = export_adapter(find_adapted(pl_module), folder, truncated=self.truncated)
         rank_zero_info(f"Adapter saved to {folder}" + (f", relative truncation error {error:.2e}" if error else ""))

@@ -24,6 +24,7 @@ from lightning_rlora.adapters import (
 from lightning_rlora.adapters.gauge import start_factors
 from lightning_rlora.callbacks.initialisation import Initialisation
 from lightning_rlora.callbacks.training_batches import Loss, first_batches, precision, quiet, training_step_loss
+from lightning_rlora.collectives import take_first
 from lightning_rlora.errors import UserError
 from lightning_rlora.optim.fixed_rank import FixedRankOptimizer
 
@@ -36,9 +37,10 @@ class AdapterInit(Initialisation):
     exported adapter, of rank 2r, fits the pristine base. On bfloat16 and float16 bases part of the shift is lost to
     rounding; the loss before and after is reported.
 
-    Starts that need data run over the first training batches, those of the first process, with dropout off and logging
-    silenced; the random state is restored afterwards. DoRA's magnitudes become the norms of the start. Where a product
-    is zero and its optimizer is one on the manifold, the zero factor gets the optimizer's own tiny start.
+    Starts that need data run over the first training batches, with dropout off and logging silenced; the random state
+    is restored afterwards. Of several processes LoRAGA takes the mean gradient, EVA and CorDA the first one's batches.
+    DoRA's magnitudes become the norms of the start. Where a product is zero and its optimizer is one on the manifold,
+    the zero factor gets the optimizer's own tiny start.
 
     Args:
         start: `Stiefel`, `PiSSA`, `OLoRA`, `LoftQ`, `LoRAGA`, `EVA` or `CorDA`.
@@ -100,12 +102,10 @@ class AdapterInit(Initialisation):
         """Make every process start where the first one does, and fit what depends on the factors to them."""
         generator = torch.Generator().manual_seed(self.seed)
         on_manifold = _factors_on_manifold(trainer)
+        take_first(factor for pair in pairs for factor in (pair.a, pair.b))
         for pair in pairs:
-            for factor in (pair.a, pair.b):
-                # by way of the CPU: tensors are pickled, and would come back on the first process's GPU
-                factor.copy_(trainer.strategy.broadcast(factor.detach().cpu()))
-                if not factor.isfinite().all():
-                    raise UserError(f"the start of layer {pair.name} is not finite: look for bad input data")
+            if not (pair.a.isfinite().all() and pair.b.isfinite().all()):
+                raise UserError(f"the start of layer {pair.name} is not finite: look for bad input data")
             if id(pair.a) in on_manifold:
                 start_factors(pair.b, pair.a, pair.scaling, generator)  # else the first step would do so, and only that
             if self.start.shifts_base:

@@ -28,10 +28,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(goal)
-        except RuntimeError as error:
-            if isinstance(error.__context__, OSError):  # torch's zip writer hides a full disk behind a RuntimeError
-                raise error.__context__ from None
-            raise
+        except (OSError, RuntimeError) as error:
+            # torch's zip writer hides a full disk behind a RuntimeError
+            cause = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(cause, OSError):
+                raise
+            cause.filename = cause.filename or str(goal)
+            raise cause from None
         finally:
             partial.unlink(missing_ok=True)
 

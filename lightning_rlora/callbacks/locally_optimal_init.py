@@ -12,9 +12,10 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lightning_rlora.adapters import LoraPair, find_pairs, get_offset
-from lightning_rlora.adapters.pairs import base_weight, is_quantised
+from lightning_rlora.adapters.pairs import base_weight, is_quantised, own_rows
 from lightning_rlora.callbacks.initialisation import Initialisation
 from lightning_rlora.callbacks.training_batches import Loss, first_batches, precision, quiet, training_step_loss
+from lightning_rlora.collectives import average_gradients
 from lightning_rlora.errors import UserError
 from lightning_rlora.init import LayerStart, locally_optimal_init
 
@@ -94,10 +95,7 @@ class LocallyOptimalInit(Initialisation):
         def backward() -> None:
             with isolate_rng():
                 mean_loss(Tensor.backward)
-            for p in module.parameters():
-                if p.requires_grad:  # all processes start at the same point: that of their mean gradient
-                    gradient = torch.zeros_like(p) if p.grad is None else p.grad
-                    p.grad = trainer.strategy.reduce(gradient, reduce_op="mean")
+            average_gradients(module.parameters())  # all processes start at one point
 
         @torch.no_grad()
         def evaluate() -> float:
@@ -117,7 +115,7 @@ class LocallyOptimalInit(Initialisation):
         subtract = self.offset == "subtract" or (self.offset == "auto" and not quantised)
         measure = self.offset == "auto" and not quantised and any(_is_half(base_weight(p)) for p in pairs)
         # a shift back is not exact in half precision, so the base itself is kept, off the device
-        kept = [base_weight(pair).detach().to("cpu", copy=True) for pair in pairs] if measure else []
+        kept = [_base(pair).to("cpu", copy=True) for pair in pairs] if measure else []
         self.starts = locally_optimal_init(
             module,
             backward,
@@ -154,6 +152,11 @@ class LocallyOptimalInit(Initialisation):
         )
 
 
+def _base(pair: LoraPair) -> Tensor:
+    """What this process holds of the base weight."""
+    return own_rows(base_weight(pair).detach())[0]
+
+
 def _is_half(weight: Tensor) -> bool:
     return weight.is_floating_point() and weight.element_size() < 4
 
@@ -163,7 +166,7 @@ def _swap_bases(pairs: list[LoraPair], others: list[Tensor]) -> list[Tensor]:
     """Put other values into the base weights and return the old ones, off the device."""
     old = []
     for pair, other in zip(pairs, others, strict=True):
-        weight = base_weight(pair)
-        old.append(weight.detach().to("cpu", copy=True))
-        weight.copy_(other)
+        base = _base(pair)
+        old.append(base.to("cpu", copy=True))
+        base.copy_(other)
     return old

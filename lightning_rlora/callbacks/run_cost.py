@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lightning_rlora.files import write_atomically
 
@@ -121,7 +122,8 @@ def _on_cuda(trainer: Trainer) -> bool:
 
 def _bytes_of(module: nn.Module, device: torch.device) -> int:
     """What a module's parameters and buffers take on a device, with the state that quantized weights carry."""
-    tensors = [*module.parameters(), *module.buffers()]
+    parameters = [p.to_local() if isinstance(p, DTensor) else p for p in module.parameters()]
+    tensors = [*parameters, *module.buffers()]
     states = [getattr(tensor, "quant_state", None) for tensor in tensors]
     states += [getattr(state, "state2", None) for state in states]  # of scales that are quantized themselves
     owners = tensors + [state for state in states if state is not None]

@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from lightning_rlora.files import write_atomically
+
 FILES = ("metrics.csv", "loss.png", "spectrum.csv", "spectrum.png", "cost.json", "samples", "checkpoints", "adapter")
 """What a run leaves in its folder, beside its config.yaml."""
 
@@ -12,15 +14,12 @@ def cut_back(path: Path, header: str, step: int) -> None:
 
     A last line without an end is half written and goes too. Rows of a file with another header are not kept.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with partial.open("w", encoding="utf-8", newline="") as new:
-        new.write(header)
-        if path.exists():
-            with path.open(encoding="utf-8", newline="") as old:
-                if old.readline() == header:
-                    new.writelines(row for row in old if row.endswith("\n") and int(row.split(",", 1)[0]) < step)
-    partial.replace(path)
+    kept = [header]
+    if path.exists():
+        with path.open(encoding="utf-8", newline="") as old:
+            if old.readline() == header:
+                kept += [row for row in old if row.endswith("\n") and int(row.split(",", 1)[0]) < step]
+    write_atomically(path, "".join(kept).encode())
 
 
 def holds_run(folder: Path) -> bool:

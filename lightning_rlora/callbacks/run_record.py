@@ -76,9 +76,10 @@ class RunRecord(Callback):
             if loop.max_epochs is not None and loop.max_epochs >= 0:
                 loop.max_epochs += 1
 
-    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin the record."""
-        self._begin(trainer)
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin the record, now that the data could be read."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._begin(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin the record, and make up for the validation that the checkpoint was made before."""

@@ -56,16 +56,18 @@ class SampleImages(Callback):
         self._last: int | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look whether the module can sample, before anything is trained.
+        """Look whether the module can sample the prompts, before anything is trained.
 
         Raises:
-            UserError: If it has no method `sample`.
+            UserError: If it has no method `sample`, or refuses a prompt.
         """
         if not callable(getattr(pl_module, "sample", None)):
             raise UserError(
                 f"SampleImages needs a module with a method sample(prompts, seeds), such as TextToImage, and not "
                 f"{type(pl_module).__name__}"
             )
+        if check_prompts := getattr(pl_module, "check_prompts", None):
+            check_prompts(self.prompts)
         self._last = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

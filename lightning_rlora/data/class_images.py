@@ -11,6 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from lightning_rlora.data.image_files import is_image
+from lightning_rlora.errors import UserError
 from lightning_rlora.files import write_atomically
 
 Sample = Callable[[list[str], list[int]], Sequence[Image.Image]]
@@ -21,7 +22,12 @@ def missing_class_images(folder: Path, wanted: int) -> list[tuple[int, Path]]:
     """Tells what a folder lacks of so many images: the seed of each missing one, and the file that it belongs into.
 
     Images of any name count. A folder that is not there lacks all.
+
+    Raises:
+        UserError: It is a file.
     """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"class_images: {str(folder)!r} is a file: name a folder, which is made if it is not there")
     there = {file for file in folder.iterdir() if is_image(file)} if folder.is_dir() else set()
     files = ((number, folder / f"class_{number:05d}.png") for number in count())
     free = ((number, file) for number, file in files if file not in there)

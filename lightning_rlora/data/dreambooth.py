@@ -116,7 +116,8 @@ class DreamBoothData(ImageData):
         self._photos: dict[str, list[Picture]] = {}
 
     def setup(self, stage: str) -> None:
-        """Decodes every photo once, so that a broken one is found before training."""
+        """Decodes every photo once and looks at the prompts, so that what is wrong is found before training."""
+        self._check_prompts(self.prompts + ([self.class_prompt] if self.class_images is not None else []))
         stages = ("train", "validation") if stage == "fit" else ("validation",)
         for name, opener in {photo.name: photo.open for known in stages for photo in self._subject(known)}.items():
             decode(name, opener)

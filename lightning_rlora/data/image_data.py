@@ -76,12 +76,26 @@ class ImageData(ResumableData):
         views = [[pictures.centred(number) for number in batch] for batch in batches]
         return ImageLoader(pictures, lambda epoch: views, num_workers=self.num_workers, **self._processes())
 
+    def test_dataloader(self) -> Any:
+        """Refuses: `rlora validate` measures."""
+        raise UserError("image data have no part to test on: measure with `rlora validate`")
+
+    def predict_dataloader(self) -> Any:
+        """Refuses: pictures are sampled."""
+        raise UserError("image data have nothing to predict on: sample pictures with the callback SampleImages")
+
     def _pictures(self, stage: str) -> Pictures:
         if stage not in self._read_pictures:
             pictures = self._read(stage)
+            self._check_prompts(list(dict.fromkeys(prompt for picture in pictures for prompt in picture.prompts)))
             _warn_of_upscaling(stage, pictures)
             self._read_pictures[stage] = Pictures(pictures)
         return self._read_pictures[stage]
+
+    def _check_prompts(self, prompts: list[str]) -> None:
+        """Let the module refuse prompts before it is trained."""
+        if check := getattr(self._module, "check_prompts", None):
+            check(prompts)
 
     def _views(self, pictures: Pictures, numbers: Sequence[int], generator: np.random.Generator) -> list[View]:
         """One showing of each of the pictures with these numbers, drawn as the options say."""

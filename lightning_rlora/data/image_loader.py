@@ -41,15 +41,11 @@ class ImageLoader(ResumableLoader):
         fingerprint = {
             "images": len(pictures),
             "number of batches": self.length,
-            "number of processes": world_size,
             "data": pictures.checksum,
         }
-        super().__init__(place, fingerprint, seed)
+        super().__init__(place, fingerprint, seed, num_workers, rank, world_size)
         self.pictures = pictures
         self.plan = plan
-        self.num_workers = num_workers
-        self.rank = rank
-        self.world_size = world_size
 
     def __len__(self) -> int:
         """Number of batches of every epoch, for one process."""

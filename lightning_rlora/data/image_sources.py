@@ -68,12 +68,13 @@ def _tables(source: str) -> list[Path]:
 
 def _folder(folder: str, column: str) -> list[Captioned]:
     """The images of a folder and its subfolders, each with the caption of a metadata file or of x.txt beside x.jpg."""
-    listed = _metadata(Path(folder).expanduser(), column)
+    files = image_files(folder, subfolders=True)
+    listed = _metadata(Path(folder).expanduser(), {_absolute(file) for file in files}, column)
     found = []
-    for file in image_files(folder, subfolders=True):
+    for file in files:
         text = file.with_suffix(".txt")
-        if file in listed:
-            captions = listed[file]
+        if _absolute(file) in listed:
+            captions = listed[_absolute(file)]
         elif text.is_file():
             captions = _captions(_read(text), str(text))
         else:
@@ -84,7 +85,13 @@ def _folder(folder: str, column: str) -> list[Captioned]:
     return found
 
 
-def _metadata(folder: Path, column: str) -> dict[Path, tuple[str, ...]]:
+def _absolute(file: Path) -> Path:
+    """The one path of a file, however it is written; a link counts as itself."""
+    return file.parent.resolve() / file.name
+
+
+def _metadata(folder: Path, images: set[Path], column: str) -> dict[Path, tuple[str, ...]]:
+    """The captions that metadata files give to images of a folder."""
     listed = {}
     for file in (file for name in METADATA for file in sorted(folder.rglob(name))):
         for number, record in enumerate(READERS[file.suffix](file), start=1):
@@ -92,9 +99,11 @@ def _metadata(folder: Path, column: str) -> dict[Path, tuple[str, ...]]:
             for field in ("file_name", column):
                 if field not in record:
                     raise UserError(f"{where} has no field {field!r}: its fields are {', '.join(map(str, record))}")
-            image = file.parent / str(record["file_name"])
-            if not image.is_file():
-                raise UserError(f"{where} names {record['file_name']!r}, which is not there: add it or drop the record")
+            image = _absolute(file.parent / str(record["file_name"]))
+            if image not in images:
+                named = repr(record["file_name"])
+                named = named if len(named) <= 100 else f"{named[:100]} ..."
+                raise UserError(f"{where} names {named}, which is no image in {folder}: add it or drop the record")
             listed[image] = _captions(record[column], where)
     return listed
 
@@ -108,7 +117,10 @@ def _read(file: Path) -> str:
 
 def _captions(value: Any, where: str) -> tuple[str, ...]:
     """One or several captions, each on one line."""
-    texts = [str(text or "") for text in (value if isinstance(value, list) else [value])]
+    texts = ["" if text is None else text for text in (value if isinstance(value, list) else [value])]
+    for text in texts:
+        if not isinstance(text, str):
+            raise UserError(f"{where}: the caption is {text!r}, which is no text: name another column")
     captions = tuple(" ".join(text.split()) for text in texts)
     if not captions or not all(captions):
         raise UserError(f"{where}: the caption is empty: write one or take the image out of the data")

@@ -26,21 +26,29 @@ Place = Callable[[], tuple[int, int]]  # (epoch, batches of it that were trained
 
 
 class ResumableLoader(ABC):
-    """What the two loaders share: they start where the trainer stands, and draw nothing from the global RNG.
+    """What all loaders share: they start where the trainer stands, and draw nothing from the global RNG.
 
     ``state_dict`` and ``load_state_dict`` make Lightning see a resumable loader. They carry what the order depends on,
     so that a run resumed on other data is told.
 
     Args:
         place: Tells the epoch and how many of its batches are done.
-        fingerprint: What the order depends on.
+        fingerprint: What the order depends on, beside the seed and the number of processes.
         seed: Seeds the order.
+        num_workers: Processes that make batches.
+        rank: This process.
+        world_size: Number of processes that share the data.
     """
 
-    def __init__(self, place: Place, fingerprint: dict[str, int], seed: int) -> None:
+    def __init__(
+        self, place: Place, fingerprint: dict[str, int], seed: int, num_workers: int, rank: int, world_size: int
+    ) -> None:
         self.place = place
-        self.fingerprint = {"seed": seed, **fingerprint}
+        self.fingerprint = {"seed": seed, **fingerprint, "number of processes": world_size}
         self.seed = seed
+        self.num_workers = num_workers
+        self.rank = rank
+        self.world_size = world_size
 
     @abstractmethod
     def batches(self, epoch: int, done: int) -> DataLoader:
@@ -84,7 +92,9 @@ class RowLoader(ResumableLoader):
         seed: Seeds the order.
         num_workers: Processes that make batches.
         rank: This process.
-        world_size: Number of processes; they take turns, and the first rows are repeated until all have equally many.
+        world_size: Number of processes; they take turns, and all have equally many batches. In a shuffled order the
+            first rows are repeated until all have equally many rows, too; in the given one, of which metrics are taken,
+            only where a process would have an empty batch.
     """
 
     def __init__(
@@ -103,17 +113,13 @@ class RowLoader(ResumableLoader):
         fingerprint = {
             "rows": len(rows),
             "batch size": batch_size,
-            "number of processes": world_size,
             "data": examples.checksum,
         }
-        super().__init__(place, fingerprint, seed)
+        super().__init__(place, fingerprint, seed, num_workers, rank, world_size)
         self.dataset = RowDataset(examples, rows)
         self.batch_size = batch_size
         self.collate = collate
         self.shuffle = shuffle
-        self.num_workers = num_workers
-        self.rank = rank
-        self.world_size = world_size
 
     def __len__(self) -> int:
         """Number of batches of every epoch, for one process."""
@@ -123,8 +129,12 @@ class RowLoader(ResumableLoader):
         """Gives the batches of an epoch but the first ``done``, without making these."""
         count = len(self.dataset)
         order = np.random.default_rng([self.seed, epoch]).permutation(count) if self.shuffle else np.arange(count)
-        mine = np.resize(order, -(-count // self.world_size) * self.world_size)[self.rank :: self.world_size].tolist()
-        indices = [mine[i : i + self.batch_size] for i in range(0, len(mine), self.batch_size)]
+        if self.shuffle or count // self.world_size < len(self):
+            order = np.resize(order, -(-count // self.world_size) * self.world_size)
+        mine = order[self.rank :: self.world_size]
+        indices = [mine[i : i + self.batch_size].tolist() for i in range(0, len(mine), self.batch_size)]
+        if len(indices) < len(self):
+            indices = [part.tolist() for part in np.array_split(mine, len(self))]
         return DataLoader(
             self.dataset,
             batch_sampler=indices[done:],
@@ -162,13 +172,10 @@ class StreamLoader(ResumableLoader):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        super().__init__(place, {"batch size": batch_size, "number of processes": world_size}, seed)
+        super().__init__(place, {"batch size": batch_size}, seed, num_workers, rank, world_size)
         self.rows = rows
         self.batch_size = batch_size
         self.collate = collate
-        self.num_workers = num_workers
-        self.rank = rank
-        self.world_size = world_size
 
     def batches(self, epoch: int, done: int) -> DataLoader:
         """Gives the batches of an epoch but the first ``done``."""

@@ -5,6 +5,7 @@ from torch import nn
 
 from lightning_rlora.adapters import LoraPair, Passes, Start
 from lightning_rlora.adapters.probes import probing
+from lightning_rlora.collectives import average_gradients
 from lightning_rlora.errors import UserError
 from lightning_rlora.init.gradient_triplets import check_ranks, gradient_triplets
 
@@ -21,7 +22,7 @@ class LoRAGA(Start):
     the name multiplies B by singular values of G and leaves A unscaled.)
 
     Args:
-        batches: Number of training batches whose mean gradient is used.
+        batches: Number of training batches, of each process, whose mean gradient is used.
         stable_gamma: gamma; larger is a smaller start. The default is the authors'.
         oversampling: Extra columns of the sketches beyond 2r.
         power_steps: Power iterations; each costs two more passes.
@@ -44,6 +45,7 @@ class LoRAGA(Start):
         def backward() -> None:
             for batch in passes.batches:
                 (passes.loss(batch) / len(passes.batches)).backward()
+            average_gradients(model.parameters())
 
         with probing(model, pairs, backward) as probes:
             triplets, _ = gradient_triplets(pairs, probes, self.oversampling, self.power_steps, generator)

@@ -10,24 +10,32 @@ from typing import Any, TypeVar
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_rlora.adapters import (
     adapt,
     adapter_config,
+    adapter_keys,
     check_adapter,
+    is_sharded,
     keep_adapter,
     load_adapter,
     merge_adapter,
     scan,
+    shard_base,
     track_offsets,
 )
+from lightning_rlora.adapters.offset import NAME as OFFSET
+from lightning_rlora.collectives import gathered, rank
 from lightning_rlora.errors import UserError
 from lightning_rlora.modules.compilation import compile_in_place
 from lightning_rlora.modules.finite_loss import FiniteLoss
 from lightning_rlora.optim import FixedRankOptimizer, LinearWithWarmup, Riemannion, lora_plus, parameter_groups
+from lightning_rlora.strategies import FSDP2Strategy, WholeAdapters
 
 Made = TypeVar("Made")
 
@@ -71,7 +79,7 @@ class AdaptedModel(LightningModule, ABC):
         self._optimizer_factory = optimizer
         self._scheduler_factory = lr_scheduler
         self.lr_ratio = lr_ratio
-        self._rng_to_restore: dict[str, Any] | None = None
+        self._rng_to_restore: list[dict[str, Any]] = []
         self._optimizers_resumed: list[str] | None = None
         self._finite_loss = FiniteLoss()
 
@@ -106,6 +114,26 @@ class AdaptedModel(LightningModule, ABC):
         """An ordinary model with the adapter merged in, and what is saved with it. The module is used up."""
         return [merge_adapter(self.model), self.tokenizer]
 
+    def configure_model(self) -> None:
+        """Shard the frozen base where the strategy shards, and keep its buffers out of what DDP sends in every pass.
+
+        Raises:
+            UserError: If the strategy is Lightning's own for sharding, which would shard the adapter, too.
+        """
+        if self._trainer is None:
+            return  # loaded from a checkpoint
+        strategy = self.trainer.strategy
+        if isinstance(strategy, FSDP2Strategy):
+            shard_base(self.model, strategy.mesh)
+        elif isinstance(strategy, ModelParallelStrategy | FSDPStrategy) and not isinstance(strategy, WholeAdapters):
+            raise UserError(
+                f"{type(strategy).__name__} would shard the adapter, too, which must stay whole: use strategy fsdp2, "
+                "or fsdp1 (FSDP2Strategy and FSDP1Strategy of lightning_rlora)"
+            )
+        keys = adapter_keys(self)
+        unchanged = [name for name, _ in self.named_buffers() if name not in keys or f".{OFFSET}." in name]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, unchanged)
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss of a batch, logged as train/loss; one that is not finite ends the run (see `FiniteLoss`)."""
         loss = self.loss(batch, self(batch))
@@ -122,7 +150,7 @@ class AdaptedModel(LightningModule, ABC):
         self.model.train()
         self._finite_loss = FiniteLoss()
         if self.trainer.ckpt_path is None:  # loaded for another run: not one to go on with
-            self._optimizers_resumed = self._rng_to_restore = None
+            self._optimizers_resumed, self._rng_to_restore = None, []
         optimizers = self._optimizer_names()
         if self._optimizers_resumed not in (None, optimizers):
             raise UserError(
@@ -137,10 +165,13 @@ class AdaptedModel(LightningModule, ABC):
         return [type(optimizer).__name__ for optimizer in self.trainer.optimizers]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Restore the random state of a resumed run at the latest moment, when nothing draws any more."""
-        if self._rng_to_restore is not None:
-            _restore_rng(self._rng_to_restore)
-            self._rng_to_restore = None
+        """Restore the random state of a resumed run at the latest moment, when nothing draws any more.
+
+        Processes beyond those of the run that is resumed go on with their own.
+        """
+        if rank() < len(self._rng_to_restore):
+            _restore_rng(self._rng_to_restore[rank()])
+        self._rng_to_restore = []
 
     def configure_optimizers(self) -> Any:
         """The optimizer of the adapter and all else that trains, and its schedule over the run."""
@@ -184,6 +215,11 @@ class AdaptedModel(LightningModule, ABC):
                 )
             inner.max_tangent_norm = float(gradient_clip_val) or None
 
+    def on_predict_start(self) -> None:
+        """Refuse to predict with a sharded base, for which all processes need equally many batches."""
+        if is_sharded(self.model) and self.trainer.world_size > 1:
+            raise UserError("a sharded base is not there to predict with: use strategy ddp, or one process")
+
     def on_train_end(self) -> None:
         """Look at the last training loss."""
         self._finite_loss.check()
@@ -200,7 +236,7 @@ class AdaptedModel(LightningModule, ABC):
         checkpoint["module"] = next(c.__name__ for c in type(self).__mro__ if c.__module__.startswith(__package__))
         checkpoint["scalings"] = self._scalings()
         checkpoint["optimizer_names"] = self._optimizer_names()
-        checkpoint["rng"] = self._rng_to_restore or _save_rng()
+        checkpoint["rng"] = self._rng_to_restore or gathered(_save_rng(self.device))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse an adapter that does not fit before anything is loaded."""
@@ -208,7 +244,8 @@ class AdaptedModel(LightningModule, ABC):
         if checkpoint.get("scalings", self._scalings()) != self._scalings():
             raise UserError("the checkpoint's adapter has another scaling: give the lora_alpha it was trained with")
         self._optimizers_resumed = checkpoint.get("optimizer_names")
-        self._rng_to_restore = checkpoint.get("rng")
+        states = checkpoint.get("rng")
+        self._rng_to_restore = states if isinstance(states, list) else []  # earlier versions kept the first one's only
 
 
 def _with_refusals(make: Callable[[Any], Made], what: str) -> Callable[[Any], Made]:
@@ -225,19 +262,19 @@ def _with_refusals(make: Callable[[Any], Made], what: str) -> Callable[[Any], Ma
     return made
 
 
-def _save_rng() -> dict[str, Any]:
-    """The states that dropout and Python code draw from; data order has generators of its own."""
+def _save_rng(device: torch.device) -> dict[str, Any]:
+    """The states that dropout and Python code of this process draw from; data order has generators of its own."""
     version, state, gauss = random.getstate()
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         "python": (version, list(state), gauss),
     }
 
 
 def _restore_rng(states: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"].cpu())
-    if len(states["cuda"]) == torch.cuda.device_count() and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"].cpu())
     version, state, gauss = states["python"]
     random.setstate((version, tuple(state), gauss))

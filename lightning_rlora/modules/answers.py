@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from torch import distributed
-
+from lightning_rlora import collectives
 from lightning_rlora.scoring import extract_answer
 
 Answer = dict[str, Any]
@@ -44,10 +43,7 @@ def gathered(answers: list[Answer]) -> list[Answer]:
 
     Several processes share a set by turns, and some repeat a question so that all have equally many.
     """
-    if distributed.is_available() and distributed.is_initialized():
-        parts: list[list[Answer]] = [[] for _ in range(distributed.get_world_size())]
-        distributed.all_gather_object(parts, answers)
-        answers = [answer for part in parts for answer in part]
-    once = {(answer["task"], answer["number"]): answer for answer in answers}
+    together = [answer for part in collectives.gathered(answers) for answer in part]
+    once = {(answer["task"], answer["number"]): answer for answer in together}
     tasks = list(dict.fromkeys(task for task, _ in once))
     return [once[key] for key in sorted(once, key=lambda key: (tasks.index(key[0]), key[1]))]

@@ -13,7 +13,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.text import Perplexity
 
-from lightning_rlora.adapters import PeftConfig, config_fields
+from lightning_rlora.adapters import PeftConfig, config_fields, is_sharded
 from lightning_rlora.errors import UserError
 from lightning_rlora.modules.adapted_model import AdaptedModel
 from lightning_rlora.modules.answers import gathered, judged
@@ -110,7 +110,13 @@ class CausalLM(AdaptedModel):
         )
 
     def forward(self, batch: dict[str, Tensor]) -> Any:
-        """The base model's output (logits, loss) for a batch."""
+        """The base model's output (logits, loss) for a batch.
+
+        Raises:
+            UserError: If the batch holds no tokens.
+        """
+        if "input_ids" not in batch:
+            raise UserError("a language model learns from input_ids, which the data do not give")
         if "position_ids" in batch and not self._packing_checked:
             check_packing(self.model)
             self._packing_checked = True
@@ -169,5 +175,6 @@ class CausalLM(AdaptedModel):
             max_new_tokens=self.max_new_tokens,
             do_sample=False,
             pad_token_id=self.tokenizer.pad_token_id,
+            synced_gpus=is_sharded(self.model),  # the others wait for those whose answers are longer
         )
         return self.tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -42,12 +42,15 @@ def load_pipeline(name: str, *, dtype: str) -> Any:
         "tokenizer": transformers.CLIPTokenizer,
         "scheduler": getattr(diffusers, str(index["scheduler"][1]), None),
     }
+    if kinds["scheduler"] is None:
+        raise UserError(f"diffusers {diffusers.__version__} has no {index['scheduler'][1]}, the scheduler of {name!r}")
     double = "text_encoder_2" in index
     if double:
         kinds["text_encoder_2"] = transformers.CLIPTextModelWithProjection
         kinds["tokenizer_2"] = transformers.CLIPTokenizer
     parts = {part: _load(name, base, part, kind, getattr(torch, dtype)) for part, kind in kinds.items()}
     _check(name, parts)
+    _check_text(name, parts)
     if double:
         zeros = index.get("force_zeros_for_empty_prompt", True)
         return diffusers.StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=zeros, add_watermarker=False)
@@ -71,6 +74,8 @@ def _index(name: str, base: str) -> dict[str, Any]:
             f"{name!r} is no diffusers pipeline: a folder with a model_index.json, unet/, vae/, text_encoder/, "
             f"tokenizer/ and scheduler/ is wanted ({_short(error)})"
         ) from error
+    if not isinstance(index, dict):
+        raise UserError(f"{name!r} is no diffusers pipeline: its model_index.json is no table of parts")
     held = sorted(part for part, kind in index.items() if isinstance(kind, list) and kind[0])
     if index.get("unet", [None, None])[1] != "UNet2DConditionModel":
         raise UserError(
@@ -93,7 +98,8 @@ def _load(name: str, base: str, part: str, kind: Any, dtype: torch.dtype) -> Any
         loaded = kind.from_pretrained(base, subfolder=part, **options)
     except Exception as error:
         if isinstance(error, OSError | ValueError | RuntimeError) or type(error).__name__ == "SafetensorError":
-            raise UserError(f"cannot load the {part} of the pipeline {name!r}: {_short(error)}") from error
+            hint = " (only weights in safetensors are read)" if "no file named" in str(error) else ""
+            raise UserError(f"cannot load the {part} of the pipeline {name!r}: {_short(error)}{hint}") from error
         raise
     if not trained:
         return loaded
@@ -115,6 +121,28 @@ def _check(name: str, parts: dict[str, Any]) -> None:
     prediction = parts["scheduler"].config.get("prediction_type", "epsilon")
     if prediction not in PREDICTIONS:
         raise UserError(f"{name!r} predicts {prediction!r}: only {' and '.join(PREDICTIONS)} can be trained")
+
+
+def _check_text(name: str, parts: dict[str, Any]) -> None:
+    """Refuse tokenizers, text encoders and a UNet that were not made for each other."""
+    encoders = {part: encoder.config for part, encoder in parts.items() if part.startswith("text_encoder")}
+    for part, encoder in encoders.items():
+        tokenizer = parts[part.replace("text_encoder", "tokenizer")]
+        if len(tokenizer) <= len(tokenizer.all_special_ids):  # what is made up where files are absent
+            raise UserError(f"the tokenizer beside the {part} of {name!r} knows no words: a file of it is not there")
+        if len(tokenizer) > encoder.vocab_size or tokenizer.model_max_length > encoder.max_position_embeddings:
+            raise UserError(
+                f"the tokenizer beside the {part} of {name!r} gives up to {tokenizer.model_max_length} of "
+                f"{len(tokenizer)} tokens, and the text encoder takes {encoder.max_position_embeddings} of "
+                f"{encoder.vocab_size}: look at tokenizer_config.json"
+            )
+    takes, gives = parts["unet"].config.cross_attention_dim, sum(encoder.hidden_size for encoder in encoders.values())
+    wanted = 2 if parts["unet"].config.addition_embed_type == "text_time" else 1
+    if {gives} != ({takes} if isinstance(takes, int) else set(takes)) or wanted != len(encoders):
+        raise UserError(
+            f"the UNet of {name!r} takes {takes} numbers for each token from {wanted} text encoders, and the "
+            f"pipeline's {len(encoders)} give {gives}: they belong to different models"
+        )
 
 
 def _short(error: Exception) -> str:

@@ -125,7 +125,13 @@ class SequenceClassification(AdaptedModel):
         )
 
     def forward(self, batch: dict[str, Any]) -> Any:
-        """The model's output for a batch, with `logits` of shape (batch, classes), or (batch, 1) for regression."""
+        """The model's output for a batch, with `logits` of shape (batch, classes), or (batch, 1) for regression.
+
+        Raises:
+            UserError: If the batch holds no tokens.
+        """
+        if "input_ids" not in batch:
+            raise UserError("a classifier learns from input_ids, which the data do not give")
         names = ["input_ids", "attention_mask"] + ["token_type_ids"] * self._takes_token_types
         with explained_compile_errors():
             return self.model(**{name: batch[name] for name in names if name in batch})

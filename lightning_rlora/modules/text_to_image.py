@@ -55,7 +55,8 @@ class TextToImage(AdaptedModel):
     latents are kept; `original_size` and `crop_top_left`, int64 (B, 2), for SDXL.
 
     Args:
-        pipeline: Hub id or folder of a diffusers pipeline, or `embedded:tiny-diffusion`, the small one in the package.
+        pipeline: Hub id or folder of a diffusers pipeline, or `embedded:tiny-diffusion`, the small one that
+            `examples/tiny_diffusion/` makes; the package does not hold it yet.
         adapter: Fields of PEFT's configuration of the UNet's adapter, named as in adapter_config.json: `r`,
             `lora_alpha`, `target_modules` (the projections of every attention layer if left out; names or a pattern of
             convolutions and other linear layers go as well), ... From Python also a PeftConfig.
@@ -201,6 +202,15 @@ class TextToImage(AdaptedModel):
             "or load the exported adapter into a diffusers pipeline"
         )
 
+    def check_prompts(self, prompts: list[str]) -> None:
+        """Look at prompts before they are needed: those of the data and of samples, when a run begins.
+
+        Raises:
+            UserError: If one is longer than the text encoder takes, and such prompts are not to be cut.
+        """
+        if not self.truncate_prompts:
+            check_lengths(self.pipeline, prompts)
+
     @torch.no_grad()
     def sample(
         self, prompts: list[str], seeds: list[int], *, num_inference_steps: int = 30, guidance_scale: float = 7.5
@@ -218,8 +228,7 @@ class TextToImage(AdaptedModel):
         Raises:
             UserError: If a prompt is longer than the text encoder takes.
         """
-        if not self.truncate_prompts:
-            check_lengths(self.pipeline, prompts)
+        self.check_prompts(prompts)
         training = self.model.training
         self.model.eval()
         try:

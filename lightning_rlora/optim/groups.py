@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_rlora.adapters import scan
@@ -148,6 +149,11 @@ def check_pair(a: Tensor, b: Tensor, scaling: float, optimizer: str) -> None:
             "A, B, ... with A (r, n) and B (m, r), or the group algorithm='adamw'"
         )
     for factor in (a, b):
+        if isinstance(factor, DTensor):
+            raise UserError(
+                f"{optimizer} takes whole factors, and these are sharded (FSDP2's DTensors): use strategy ddp, or "
+                "FSDP2Strategy, which shards the base only"
+            )
         if factor.dtype not in RANK_TOLERANCE:
             raise UserError(
                 f"LoRA factors are {factor.dtype}, too coarse for the steps of {optimizer}: keep them in float32, with "

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from lightning_rlora.geometry.gram import cholesky_root, range_root, root_of_range, triangle
 from lightning_rlora.optim.two_pass import (
     RANGE_FLOOR,
+    SMALLEST_SQUARE,
     Direction,
     Half,
     Moved,
@@ -185,7 +186,7 @@ def combinations(
         min_singular_value: Floor of the new point's singular values.
     """
     dtype = velocity.tall[0].dtype
-    root, inverse = velocity.rest_root(RANGE_FLOOR[dtype] * velocity.square())
+    root, inverse = velocity.rest_root((RANGE_FLOOR[dtype] * velocity.square()).clamp_min(SMALLEST_SQUARE))
     basis = basis_of(at.inverse, velocity.along, inverse)
     left, right = (
         Half(*parts) for parts in zip(*(x.chunk(2) for x in (at.root, velocity.along, root, basis)), strict=True)

@@ -15,6 +15,9 @@ from lightning_rlora.geometry.gram import polar_factor
 RANGE_FLOOR = {torch.float32: 1e-12, torch.float64: 1e-28}
 """Directions whose squared norm is at most this share of the whole momentum's are rounding of the tall factors."""
 
+SMALLEST_SQUARE = 1e-60
+"""Squared norms up to this count as zero: the inverse of what is smaller would leave float32."""
+
 
 class Half(NamedTuple):
     """One side of the new momentum at the point.

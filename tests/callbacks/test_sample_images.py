@@ -130,3 +130,9 @@ def test_bad_input(tmp_path):
     with pytest.raises(UserError, match="such as TextToImage, and not ToyModule"):
         trainer.fit(ToyModule(), datamodule=ToyData())
     assert not Path(tmp_path, "samples").exists()
+
+
+def test_prompts_are_looked_at_before_training(tmp_path, pipeline):
+    with pytest.raises(UserError, match="shorten it"):
+        fit(tmp_path, pipeline, [RunRecord(), SampleImages(["dog " * 20])])
+    assert not list(tmp_path.iterdir())

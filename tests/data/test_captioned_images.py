@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -118,6 +119,33 @@ def test_metadata_as_imagefolder_has_it(tmp_path, name):
     assert prompts(data(str(tmp_path)).train_dataloader()) == [caption for _, caption in rows]
 
 
+def test_names_in_metadata_are_those_of_files_however_they_are_written(tmp_path, monkeypatch):
+    save(tmp_path / "set" / "0.png"), save(tmp_path / "set" / "1.png")
+    names = [str(tmp_path / "set" / "0.png"), "../set/./1.png"]
+    lines = [json.dumps({"file_name": name, "text": f"picture {i}"}) for i, name in enumerate(names)]
+    (tmp_path / "set" / "metadata.jsonl").write_text("\n".join(lines))
+    monkeypatch.chdir(tmp_path)
+    assert prompts(data("set").train_dataloader()) == ["picture 0", "picture 1"]
+
+
+def test_the_module_may_refuse_prompts_before_training(tmp_path):
+    class Module:
+        def check_prompts(self, prompts):
+            assert prompts == ["picture 0", "picture 1", "picture 2"]
+            raise UserError("too long")
+
+    module = data(captioned(tmp_path, SIZES[:3]))
+    module.trainer = SimpleNamespace(lightning_module=Module())
+    with pytest.raises(UserError, match="too long"):
+        module.train_dataloader()
+
+
+@pytest.mark.parametrize("stage", ["test", "predict"])
+def test_there_is_nothing_to_test_or_predict_on(tmp_path, stage):
+    with pytest.raises(UserError, match=r"rlora validate|SampleImages"):
+        getattr(data(captioned(tmp_path, SIZES[:3])), f"{stage}_dataloader")()
+
+
 @pytest.mark.parametrize("form", ["bytes", "feature", "path"])
 def test_parquet(tmp_path, form):
     save(tmp_path / "photos" / "0.png")
@@ -172,6 +200,15 @@ def spoil(folder, how):
         (folder / "1.txt").write_bytes(b"\xff\xfe\xff")
     elif how == "file absent":
         (folder / "metadata.jsonl").write_text('{"file_name": "9.png", "text": "a"}\n')
+    elif how == "outside":
+        (folder / "below").mkdir()
+        save(folder / "below" / "0.png")
+        (folder / "below" / "metadata.jsonl").write_text('{"file_name": "../0.png", "text": "a"}\n')
+        return str(folder / "below")
+    elif how == "endless name":
+        (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "x" * 5000, "text": "a"}))
+    elif how == "number for a caption":
+        (folder / "metadata.jsonl").write_text('{"file_name": "0.png", "text": ["a", 5]}\n')
     elif how == "wrong field":
         (folder / "metadata.jsonl").write_text('{"file_name": "0.png", "label": "a"}\n')
     elif how == "empty field":
@@ -206,7 +243,13 @@ def spoil(folder, how):
         ("empty caption", r"1\.txt: the caption is empty: write one or take the image out"),
         ("no caption", r"the image .*1\.png has no caption: write one into 1\.txt beside it or into metadata\.jsonl"),
         ("no UTF-8", r"1\.txt' is not UTF-8 text"),
-        ("file absent", r"metadata\.jsonl, record 1 names '9\.png', which is not there"),
+        (
+            "file absent",
+            r"metadata\.jsonl, record 1 names '9\.png', which is no image in .*: add it or drop the record",
+        ),
+        ("outside", r"metadata\.jsonl, record 1 names '\.\./0\.png', which is no image in .*below"),
+        ("endless name", r"record 1 names 'x{99} \.\.\., which is no image in"),
+        ("number for a caption", r"metadata\.jsonl, record 1: the caption is 5, which is no text: name another column"),
         ("wrong field", r"metadata\.jsonl, record 1 has no field 'text': its fields are file_name, label"),
         ("empty field", r"metadata\.jsonl, record 1: the caption is empty"),
         ("one pixel", r"the image .*1\.png has 1 x 1 pixels"),

@@ -7,6 +7,7 @@ import logging
 import random
 import warnings
 from itertools import chain
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_rlora.data import TextData
+from lightning_rlora.data.loader import RowLoader, StreamLoader
 
 EXPECTED = (
     "does not have many workers",
@@ -216,8 +218,27 @@ def test_other_data_on_resume_are_told(fit, tmp_path, write):
         fit(None, {"train": other}, None, str(tmp_path / "last.ckpt"), max_epochs=1)
 
 
+@pytest.mark.parametrize("count, batch_size, world_size", [(5, 2, 2), (9, 4, 2), (7, 2, 3), (8, 3, 1), (13, 4, 3)])
+def test_no_row_is_measured_twice(count, batch_size, world_size):
+    data = SimpleNamespace(checksum=0)
+    loaders = [
+        RowLoader(data, range(count), batch_size, list, rank=rank, world_size=world_size) for rank in range(world_size)
+    ]
+    shares = [loader.batches(0, 0).batch_sampler for loader in loaders]
+    assert {len(share) for share in shares} == {len(loaders[0])}
+    assert all(0 < len(batch) <= batch_size for share in shares for batch in share)
+    assert sorted(row for share in shares for batch in share for row in batch) == list(range(count))
+
+
+def test_rows_are_repeated_where_a_process_would_have_none_to_measure():
+    data = SimpleNamespace(checksum=0)
+    shares = [
+        RowLoader(data, range(5), 1, list, rank=rank, world_size=2).batches(0, 0).batch_sampler for rank in (0, 1)
+    ]
+    assert shares == [[[0], [2], [4]], [[1], [3], [0]]]
+
+
 def test_processes_share_the_rows(corpus, letters):
-    from lightning_rlora.data.loader import RowLoader, StreamLoader
     from lightning_rlora.data.packing import packed_batch
 
     data = TextData(train=corpus, tokenizer=letters, max_length=32, batch_size=2, validation_fraction=0)

@@ -1,6 +1,7 @@
 """DreamBoothData as it is used: photos, prompts, class images drawn on demand, and one line for bad input."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -148,6 +149,7 @@ def test_the_command_line_knows_it_by_its_short_name(capsys):
         ({"repeats": 0}, "repeats is 0"),
         ({"num_class_images": 3}, "num_class_images needs class_images"),
         ({"class_images": "absent"}, "there is no folder 'absent'"),
+        ({"class_images": "dog/0.jpg", "num_class_images": 2}, r"class_images: 'dog/0\.jpg' is a file: name a folder"),
         ({"class_images": "absent", "prior_weight": 0}, "prior_weight is 0"),
         ({"class_images": "absent", "num_class_images": 200}, "holds 0 of 200 images: add 200, lower num_class_images"),
     ],
@@ -157,6 +159,18 @@ def test_one_line_for_bad_input(tmp_path, monkeypatch, options, message):
     with pytest.raises(UserError, match=message) as raised:
         data(**{"images": photos(tmp_path / "dog"), **options}).train_dataloader()
     assert "\n" not in str(raised.value) and not (tmp_path / "absent").exists()
+
+
+def test_the_module_may_refuse_prompts_before_training(tmp_path):
+    class Module:
+        def check_prompts(self, prompts):
+            assert prompts == ["a photo of sks dog", "a photo of dog"]
+            raise UserError("too long")
+
+    module = data(photos(tmp_path), class_images=str(tmp_path))
+    module.trainer = SimpleNamespace(lightning_module=Module())
+    with pytest.raises(UserError, match="too long"):
+        module.setup("fit")
 
 
 def test_a_broken_photo_is_found_before_training(tmp_path):

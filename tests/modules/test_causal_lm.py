@@ -277,3 +277,8 @@ def test_the_embedded_model_is_small_and_says_what_it_is():
     assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.bfloat16
     with pytest.raises(UserError, match="embedded:tiny-lm"):
         resolve("embedded:nothing")
+
+
+def test_data_of_another_kind_are_refused():
+    with pytest.raises(UserError, match="learns from input_ids, which the data do not give"):
+        CausalLM(adapter={"r": 2})({"pixel_values": torch.zeros(1, 3, 8, 8)})

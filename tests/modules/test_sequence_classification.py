@@ -421,6 +421,8 @@ def test_a_base_that_has_a_head_keeps_it(bases, tmp_path):
         torch.testing.assert_close(module(batch).logits, model.eval()(**batch).logits, rtol=0, atol=1e-6)
     with pytest.raises(UserError, match=r"cannot load the base model .*classifier"):
         SequenceClassification(str(tmp_path / "classifier"), num_labels=5)
+    with pytest.raises(UserError, match="learns from input_ids, which the data do not give"):
+        module({"pixel_values": torch.zeros(1, 3, 8, 8)})
 
 
 WRONG = {

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -333,6 +334,23 @@ BROKEN = {
     "a weight less": (lambda p: _drop_weight(p / UNET), "the unet of .* lacks 1 weights, such as conv_in.bias"),
     "a text encoder's weight less": (lambda p: _drop_weight(p / TEXT), "the text_encoder of .* lacks 1 weights"),
     "broken configuration": (lambda p: (p / "unet/config.json").write_text("{"), "cannot load the unet"),
+    "index that is no table": (lambda p: (p / "model_index.json").write_text("[]"), "model_index.json is no table"),
+    "weights of another format only": (
+        lambda p: (p / UNET).rename((p / UNET).with_suffix(".bin")),
+        r"cannot load the unet .*\(only weights in safetensors are read\)",
+    ),
+    "unknown scheduler": (
+        lambda p: _edit(p / "model_index.json", lambda i: i.update(scheduler=["diffusers", "NoSuchScheduler"])),
+        "has no NoSuchScheduler, the scheduler of",
+    ),
+    "tokenizer without words": (
+        lambda p: [file.unlink() for file in (p / "tokenizer").iterdir()],
+        "the tokenizer beside the text_encoder of .* knows no words",
+    ),
+    "tokenizer without its length": (
+        lambda p: _edit(p / "tokenizer/tokenizer_config.json", lambda c: c.update(model_max_length=99)),
+        "gives up to 99 of .* tokens, and the text encoder takes 12",
+    ),
     "predicts the picture": (
         lambda p: _edit(p / "scheduler/scheduler_config.json", lambda c: c.update(prediction_type="sample")),
         "predicts 'sample'",
@@ -348,6 +366,14 @@ def test_broken_pipelines_are_refused_in_one_line(case, folders, tmp_path):
     with pytest.raises(UserError, match=message) as refused:
         TextToImage(str(tmp_path / "pipeline"), ADAPTER)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("kind", "other"), [("sd15", "sdxl"), ("sdxl", "sd15")])
+def test_a_unet_for_other_text_encoders_is_refused(kind, other, folders, tmp_path):
+    shutil.copytree(folders[kind], tmp_path / "pipeline")
+    shutil.copytree(Path(folders[other]) / "unet", tmp_path / "pipeline" / "unet", dirs_exist_ok=True)
+    with pytest.raises(UserError, match=r"the UNet of .* takes (24|16) numbers .* they belong to different models"):
+        TextToImage(str(tmp_path / "pipeline"), ADAPTER)
 
 
 def test_other_bad_input_is_refused(folders, tmp_path):

@@ -373,25 +373,26 @@ def test_lora_fa_keeps_nothing_of_a_and_leaves_it_alone():
 
 @every_method
 def test_small_stacks_take_the_same_steps(method, monkeypatch):
-    """Four pairs of one shape: all at once, two at a time, and each larger than the bound."""
+    """Three pairs of one shape and two of another: all in one call, in two, and each larger than the bound."""
     ends = []
     for bound in (per_pair.LARGEST_STACK, 60, 1):
         monkeypatch.setattr(per_pair, "LARGEST_STACK", bound)
         generator = torch.Generator().manual_seed(0)
-        factors = [nn.Parameter(torch.randn(s, generator=generator)) for s in [(3, 7), (9, 3)] * 4]
+        shapes = [(3, 7), (9, 3)] * 3 + [(3, 4), (5, 3)] * 2
+        factors = [nn.Parameter(torch.randn(s, generator=generator)) for s in shapes]
         optimizer = method.kind(factors, **method.options)
         sizes = []
 
-        def counted(b, a, group, update=optimizer.update, sizes=sizes):
-            sizes.append(len(b.value))
-            return update(b, a, group)
+        def counted(sides, group, update=optimizer.update, sizes=sizes):
+            sizes.append([len(side.value) for side in sides[::2]])
+            return update(sides, group)
 
         monkeypatch.setattr(optimizer, "update", counted)
         for _ in range(3):
             for p in factors:
                 p.grad = torch.randn(p.shape, generator=generator)
             optimizer.step()
-        assert sizes == {60: [2] * 6, 1: [1] * 12}.get(bound, [4] * 3)
+        assert sizes == 3 * {60: [[2], [1, 2]], 1: [[1]] * 5}.get(bound, [[3, 2]])
         ends.append([p.detach() for p in factors])
     for other in ends[1:]:
         assert furthest(other, ends[0]) < 1e-6  # measured 0; float32 rounds to 6e-8

@@ -4,10 +4,11 @@ import pytest
 import torch
 from dense_steps import relative, riemannion_direction
 from peft_layers import adapted, dense_run, hand_over, mixing, products, random_gradients, refactor, worst_error
+from torch import nn
 
 from lightning_rlora.adapters import find_pairs, get_offset, matrix
 from lightning_rlora.geometry import random_point
-from lightning_rlora.optim import Riemannion
+from lightning_rlora.optim import Riemannion, WhitenedRiemannion
 
 STEPS = 200
 LR, MOMENTUM, DECAY = 0.02, 0.9, 0.1
@@ -210,3 +211,16 @@ def test_peft_default_start_is_put_on_the_manifold_without_a_change():
     for x in products(model):
         # an orthogonal matrix without its (2, 2) block: singular values up to (1 + sqrt 5) / 2 of the step
         assert 0.5 * LR < torch.linalg.svdvals(x)[0] < 1.62 * LR
+
+
+@pytest.mark.parametrize("kind", [Riemannion, WhitenedRiemannion])
+def test_a_momentum_may_sink_below_what_float32_can_invert(kind):
+    generator = torch.Generator().manual_seed(0)
+    a, b = (nn.Parameter(torch.randn(s, generator=generator) / 5) for s in ((4, 30), (40, 4)))
+    optimizer = kind([{"params": [a, b], "scaling": 2.0}], lr=1e-3, momentum=0.05)
+    a.grad, b.grad = (torch.randn(p.shape, generator=generator) for p in (a, b))
+    for _ in range(50):
+        optimizer.step()
+        a.grad.zero_(), b.grad.zero_()
+    assert a.isfinite().all() and b.isfinite().all()
+    assert max(float(optimizer.state[p]["momentum"].abs().max()) for p in (a, b)) < 1e-37

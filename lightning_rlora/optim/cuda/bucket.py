@@ -16,6 +16,7 @@ from lightning_rlora.optim.cuda.tall_passes import TallPasses
 from lightning_rlora.optim.groups import HYPERPARAMETERS, PairInGroup
 from lightning_rlora.optim.two_pass import (
     RANGE_FLOOR,
+    SMALLEST_SQUARE,
     Direction,
     Half,
     Moved,
@@ -177,7 +178,8 @@ class Bucket:
         roots, inverses, along, square = self._along(n)
         whole = square.diagonal(dim1=1, dim2=2).sum(-1)
         rest_roots, rest_inverses = cholesky(
-            square - along.mT @ along, (RANGE_FLOOR[torch.float32] * whole).contiguous()
+            square - along.mT @ along,
+            (RANGE_FLOOR[torch.float32] * whole).clamp_min(SMALLEST_SQUARE).contiguous(),
         )
         basis = basis_of(inverses, along, rest_inverses)
         left, right = (Half(*(x[i::2] for x in (roots, along, rest_roots, basis))) for i in (0, 1))

@@ -71,9 +71,12 @@ class FactorMuon(PerPairOptimizer):
         """The running mean of the gradient."""
         return {"momentum_buffer": torch.zeros_like(factor)}
 
-    def update(self, b: Side, a: Side, group: dict[str, Any]) -> tuple[Side, Side]:
-        """Both sides, each on its own."""
+    def update(self, sides: list[Side], group: dict[str, Any]) -> list[Side]:
+        """Every side on its own."""
         numbers = {n: group[n] for n in ("lr", "momentum", "weight_decay")}
-        (m, r), n = b.value.shape[1:], a.value.shape[1]
-        size_b, size_a = max(1, m / r) ** 0.5, max(1, r / n) ** 0.5
-        return factor_muon_side(b, **numbers, size=size_b), factor_muon_side(a, **numbers, size=size_a)
+        moved = []
+        for i, side in enumerate(sides):
+            long, r = side.value.shape[1:]
+            rows, columns = (long, r) if i % 2 == 0 else (r, long)  # A is transposed here
+            moved.append(factor_muon_side(side, **numbers, size=max(1, rows / columns) ** 0.5))
+        return moved

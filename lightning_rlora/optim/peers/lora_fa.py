@@ -53,7 +53,11 @@ class LoRAFA(PerPairOptimizer):
         """None: A stays."""
         return {}
 
-    def update(self, b: Side, a: Side, group: dict[str, Any]) -> tuple[Side, Side]:
+    def update(self, sides: list[Side], group: dict[str, Any]) -> list[Side]:
         """B moves, A stays."""
-        gradient = preconditioned(b.grad, a.value, group["damping"]) / group["scaling"] ** 2
-        return adamw_side(b, gradient, **{n: group[n] for n in ("lr", "betas", "eps", "weight_decay")}), a
+        adamw = {n: group[n] for n in ("lr", "betas", "eps", "weight_decay")}
+        moved = []
+        for b, a in zip(sides[::2], sides[1::2], strict=True):
+            gradient = preconditioned(b.grad, a.value, group["damping"]) / group["scaling"] ** 2
+            moved += [adamw_side(b, gradient, **adamw), a]
+        return moved

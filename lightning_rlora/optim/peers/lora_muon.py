@@ -7,25 +7,25 @@ import torch
 from torch import Tensor
 
 from lightning_rlora.geometry.gram import gram
-from lightning_rlora.optim.peers.per_pair import PerPairOptimizer, Side, in_weight_units
-from lightning_rlora.optim.peers.roots import inverse_root, msign
+from lightning_rlora.optim.peers.per_pair import PerPairOptimizer, Side, in_weight_units, others
+from lightning_rlora.optim.peers.roots import inverse_roots, msigns
 
 RIDGE = 1e-5
 """Added to the diagonal of a Gram matrix before its root, as a share of the matrix's Frobenius norm."""
 
 
-def lora_muon_step(b: Side, a: Side, *, lr: float, momentum: float, weight_decay: float) -> tuple[Side, Side]:
-    """One step of `LoRAMuon` on a batch of pairs."""
-
-    def moved(side: Side, other: Side) -> Side:
-        mean = torch.lerp(side.grad, side.state["momentum_buffer"], momentum)
-        n = gram(other.value)
-        root = inverse_root(n, RIDGE * n.norm(dim=(1, 2)))
-        direction = msign(mean @ root) @ root
-        value = decayed(side.value, -lr / 2 * direction, lr * weight_decay)
-        return side._replace(value=value, state={"momentum_buffer": mean})
-
-    return moved(b, a), moved(a, b)
+def lora_muon_step(sides: list[Side], *, lr: float, momentum: float, weight_decay: float) -> list[Side]:
+    """One step of `LoRAMuon` on pairs of one rank."""
+    means = [torch.lerp(side.grad, side.state["momentum_buffer"], momentum) for side in sides]
+    grams = [gram(other.value) for other in others(sides)]
+    roots = inverse_roots(grams, lambda eigenvalues: RIDGE * eigenvalues.norm(dim=-1))
+    polars = msigns([mean @ root for mean, root in zip(means, roots, strict=True)])
+    return [
+        side._replace(
+            value=decayed(side.value, -lr / 2 * polar @ root, lr * weight_decay), state={"momentum_buffer": mean}
+        )
+        for side, mean, root, polar in zip(sides, means, roots, polars, strict=True)
+    ]
 
 
 def decayed(value: Tensor, change: Tensor, decay: float) -> Tensor:
@@ -72,7 +72,7 @@ class LoRAMuon(PerPairOptimizer):
         """The running mean of the gradient."""
         return {"momentum_buffer": torch.zeros_like(factor)}
 
-    def update(self, b: Side, a: Side, group: dict[str, Any]) -> tuple[Side, Side]:
+    def update(self, sides: list[Side], group: dict[str, Any]) -> list[Side]:
         """See `lora_muon_step`."""
         numbers = {n: group[n] for n in ("lr", "momentum", "weight_decay")}
-        return in_weight_units(lora_muon_step, b, a, group["scaling"], **numbers)
+        return in_weight_units(lora_muon_step, sides, group["scaling"], **numbers)

@@ -6,37 +6,46 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_rlora.geometry.batched_eigh import eigh
 from lightning_rlora.geometry.gram import gram
-from lightning_rlora.optim.peers.per_pair import PerPairOptimizer, Side, in_weight_units
-from lightning_rlora.optim.peers.roots import pseudo_inverse_root
+from lightning_rlora.optim.peers.per_pair import PerPairOptimizer, Side, in_weight_units, others
+from lightning_rlora.optim.peers.roots import eighs, pseudo_inverse_roots
 
 
 def lora_rite_step(
-    b: Side, a: Side, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
-) -> tuple[Side, Side]:
-    """One step of `LoRARITE` on a batch of pairs."""
-    root_b, root_a = (pseudo_inverse_root(gram(side.value)) for side in (b, a))
-    basis_b, basis_a = b.value @ root_b, a.value @ root_a
-
-    def moved(side: Side, basis: Tensor, other_root: Tensor, other_basis: Tensor, other: Side) -> Side:
-        step = side.state["steps"] + 1
-        keep1, keep2 = (_corrected(beta, step) for beta in betas)
-        turn = other_basis.mT @ other.state["basis"]
-        gradient = side.grad @ other_root  # "unmagnified": in the other factor's orthonormal basis
-        carried = turn @ side.state["second_moment"] @ turn.mT
-        lost = _escaped(side.state["second_moment"], carried)
-        second = torch.lerp(gram(gradient) / gradient.shape[1], carried, keep2[:, None, None])
-        escaped = keep2 * (side.state["escaped"] + lost)
-        values, vectors = eigh(second)
+    sides: list[Side], *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+) -> list[Side]:
+    """One step of `LoRARITE` on pairs of one rank."""
+    roots = pseudo_inverse_roots([gram(side.value) for side in sides])
+    bases = [side.value @ root for side, root in zip(sides, roots, strict=True)]
+    turns = [bases[i ^ 1].mT @ other.state["basis"] for i, other in enumerate(others(sides))]
+    # "unmagnified": in the other factor's orthonormal basis
+    gradients = [side.grad @ roots[i ^ 1] for i, side in enumerate(sides)]
+    keeps = [[_corrected(beta, side.state["steps"] + 1) for beta in betas] for side in sides]
+    old = [side.state["second_moment"] for side in sides]
+    carried = [turn @ second @ turn.mT for turn, second in zip(turns, old, strict=True)]
+    new = [
+        torch.lerp(gram(g) / g.shape[1], second, keep2[:, None, None])
+        for g, second, (_, keep2) in zip(gradients, carried, keeps, strict=True)
+    ]
+    spectra = eighs([*old, *carried, *new])
+    moved = []
+    for i, side in enumerate(sides):
+        before, after, (values, vectors) = (spectra[i + k * len(sides)] for k in range(3))
+        keep1, keep2 = keeps[i]
+        escaped = keep2 * (side.state["escaped"] + _escaped(before[0], after[0]))
         inverse = 1 / ((values.clamp_min(0) + escaped.unsqueeze(-1)).sqrt() + eps)
-        scaled = gradient @ (vectors * inverse.unsqueeze(-2)) @ vectors.mT
-        first = torch.lerp(scaled, side.state["first_moment"] @ turn.mT, keep1[:, None, None])
-        value = (1 - lr * weight_decay) * side.value - lr * first @ other_root
-        state = {"steps": step, "basis": basis, "first_moment": first, "second_moment": second, "escaped": escaped}
-        return side._replace(value=value, state=state)
-
-    return moved(b, basis_b, root_a, basis_a, a), moved(a, basis_a, root_b, basis_b, b)
+        scaled = gradients[i] @ (vectors * inverse.unsqueeze(-2)) @ vectors.mT
+        first = torch.lerp(scaled, side.state["first_moment"] @ turns[i].mT, keep1[:, None, None])
+        state = {
+            "steps": side.state["steps"] + 1,
+            "basis": bases[i],
+            "first_moment": first,
+            "second_moment": new[i],
+            "escaped": escaped,
+        }
+        value = (1 - lr * weight_decay) * side.value - lr * first @ roots[i ^ 1]
+        moved.append(side._replace(value=value, state=state))
+    return moved
 
 
 def _corrected(beta: float, step: Tensor) -> Tensor:
@@ -45,10 +54,13 @@ def _corrected(beta: float, step: Tensor) -> Tensor:
 
 
 def _escaped(old: Tensor, new: Tensor) -> Tensor:
-    """What a second moment lost on its way into the new basis: at most its eigenvalues' loss, or its trace's."""
-    eigenvalues = (eigh(old)[0] - eigh(new)[0]).amax(-1)
-    trace = (old - new).diagonal(dim1=1, dim2=2).sum(-1)
-    return torch.minimum(eigenvalues, trace).clamp_min(0)
+    """What a second moment lost on its way into the new basis: at most its eigenvalues' loss, or its trace's.
+
+    Args:
+        old: Its eigenvalues before, ascending, (L, r).
+        new: The same after.
+    """
+    return torch.minimum((old - new).amax(-1), (old - new).sum(-1)).clamp_min(0)
 
 
 class LoRARITE(PerPairOptimizer):
@@ -104,7 +116,7 @@ class LoRARITE(PerPairOptimizer):
             "escaped": factor.new_zeros(()),
         }
 
-    def update(self, b: Side, a: Side, group: dict[str, Any]) -> tuple[Side, Side]:
+    def update(self, sides: list[Side], group: dict[str, Any]) -> list[Side]:
         """See `lora_rite_step`."""
         numbers = {n: group[n] for n in ("lr", "betas", "eps", "weight_decay")}
-        return in_weight_units(lora_rite_step, b, a, group["scaling"], **numbers)
+        return in_weight_units(lora_rite_step, sides, group["scaling"], **numbers)

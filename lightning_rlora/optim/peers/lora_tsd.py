@@ -9,46 +9,45 @@ from torch import Tensor
 from lightning_rlora.geometry.gram import gram
 from lightning_rlora.optim.peers.lora_muon import decayed
 from lightning_rlora.optim.peers.per_pair import PerPairOptimizer, Side, in_weight_units
-from lightning_rlora.optim.peers.roots import DIVISOR_FLOOR, inverse_root, msign
+from lightning_rlora.optim.peers.roots import DIVISOR_FLOOR, inverse_roots, msigns
 
 RIDGE = 1e-8
 """Added to the diagonal of a Gram matrix, as a share of its mean."""
 
 
 def lora_tsd_step(
-    b: Side, a: Side, *, lr: float, momentum: float, weight_decay: float, max_step_norm: float
-) -> tuple[Side, Side]:
-    """One step of `LoRATSD` on a batch of pairs."""
-    mean_b, mean_a = (torch.lerp(side.grad, side.state["momentum_buffer"], momentum) for side in (b, a))
-    root_b, root_a = (_inverse_root(side.value) for side in (b, a))
-    u, v = b.value @ root_b, a.value @ root_a
+    sides: list[Side], *, lr: float, momentum: float, weight_decay: float, max_step_norm: float
+) -> list[Side]:
+    """One step of `LoRATSD` on pairs of one rank."""
+    means = [torch.lerp(side.grad, side.state["momentum_buffer"], momentum) for side in sides]
+    roots = inverse_roots([gram(side.value) for side in sides], lambda eigenvalues: RIDGE * eigenvalues.mean(-1))
+    bases = [side.value @ root for side, root in zip(sides, roots, strict=True)]
     # the tangent part U K V^T + U Y^T + Z V^T of a gradient G, from G V and G^T U; Y and Z are orthogonal to V and U
-    gv, gu = mean_b @ root_a, mean_a @ root_b
-    k = gu.mT @ v
-    z, y = gv - u @ (u.mT @ gv), gu - v @ (v.mT @ gu)
-    q_z, q_y = msign(z), msign(y)
-    r = k.shape[-1]
-    core = k.new_zeros(len(k), 2 * r, 2 * r)
-    core[:, :r, :r], core[:, :r, r:], core[:, r:, :r] = k, y.mT @ q_y, q_z.mT @ z
-    polar = msign(core)
-    polar[:, r:, r:] = 0  # no tangent vector has a part orthogonal to both U and V
-    rate = (max_step_norm / polar.norm(dim=(1, 2)).clamp_min(DIVISOR_FLOOR)).clamp_max(lr)[:, None, None]
-    change_b = -rate * (u @ polar[:, :r, :r] + q_z @ polar[:, r:, :r]) @ root_a
-    change_a = -rate * (q_y @ polar[:, :r, r:].mT) @ root_b
-    new_b = decayed(b.value, change_b, lr * weight_decay)
-    new_a = decayed(a.value, change_a, lr * weight_decay)
-    # equal norms, at the same product; gradients go the other way
-    norm_b, norm_a = new_b.norm(dim=(1, 2), keepdim=True), new_a.norm(dim=(1, 2), keepdim=True)
-    ratio = torch.where((norm_b > 0) & (norm_a > 0), norm_b / norm_a, 1.0).sqrt()
-    return (
-        b._replace(value=new_b / ratio, state={"momentum_buffer": mean_b * ratio}),
-        a._replace(value=new_a * ratio, state={"momentum_buffer": mean_a / ratio}),
-    )
-
-
-def _inverse_root(factor: Tensor) -> Tensor:
-    n = gram(factor)
-    return inverse_root(n, RIDGE * n.diagonal(dim1=1, dim2=2).mean(-1))
+    products = [mean @ roots[i ^ 1] for i, mean in enumerate(means)]
+    rests = [x - u @ (u.mT @ x) for u, x in zip(bases, products, strict=True)]
+    q = msigns(rests)
+    cores = []
+    for b in range(0, len(sides), 2):
+        k = products[b + 1].mT @ bases[b + 1]
+        r = k.shape[-1]
+        core = k.new_zeros(len(k), 2 * r, 2 * r)
+        core[:, :r, :r], core[:, :r, r:], core[:, r:, :r] = k, rests[b + 1].mT @ q[b + 1], q[b].mT @ rests[b]
+        cores.append(core)
+    moved = []
+    for b, polar in zip(range(0, len(sides), 2), msigns(cores), strict=True):
+        a, r = b + 1, polar.shape[-1] // 2
+        polar[:, r:, r:] = 0  # no tangent vector has a part orthogonal to both U and V
+        rate = (max_step_norm / polar.norm(dim=(1, 2)).clamp_min(DIVISOR_FLOOR)).clamp_max(lr)[:, None, None]
+        change_b = -rate * (bases[b] @ polar[:, :r, :r] + q[b] @ polar[:, r:, :r]) @ roots[a]
+        change_a = -rate * (q[a] @ polar[:, :r, r:].mT) @ roots[b]
+        new_b = decayed(sides[b].value, change_b, lr * weight_decay)
+        new_a = decayed(sides[a].value, change_a, lr * weight_decay)
+        # equal norms, at the same product; gradients go the other way
+        norm_b, norm_a = new_b.norm(dim=(1, 2), keepdim=True), new_a.norm(dim=(1, 2), keepdim=True)
+        ratio = torch.where((norm_b > 0) & (norm_a > 0), norm_b / norm_a, 1.0).sqrt()
+        moved.append(sides[b]._replace(value=new_b / ratio, state={"momentum_buffer": means[b] * ratio}))
+        moved.append(sides[a]._replace(value=new_a * ratio, state={"momentum_buffer": means[a] / ratio}))
+    return moved
 
 
 class LoRATSD(PerPairOptimizer):
@@ -99,7 +98,7 @@ class LoRATSD(PerPairOptimizer):
         """The running mean of the gradient."""
         return {"momentum_buffer": torch.zeros_like(factor)}
 
-    def update(self, b: Side, a: Side, group: dict[str, Any]) -> tuple[Side, Side]:
+    def update(self, sides: list[Side], group: dict[str, Any]) -> list[Side]:
         """See `lora_tsd_step`."""
         numbers = {n: group[n] for n in ("lr", "momentum", "weight_decay", "max_step_norm")}
-        return in_weight_units(lora_tsd_step, b, a, group["scaling"], **numbers)
+        return in_weight_units(lora_tsd_step, sides, group["scaling"], **numbers)

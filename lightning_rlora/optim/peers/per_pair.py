@@ -8,7 +8,6 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_rlora.errors import Diverged, UserError
@@ -16,12 +15,12 @@ from lightning_rlora.optim.adamw import adamw_step
 from lightning_rlora.optim.groups import check_full_rank, groups_with_pairs, pairs_of_new_group
 
 LARGEST_STACK = 2**23
-"""Entries of the largest stack of factors that step together, 64 MB in float64: a step has some ten such stacks alive,
-and all pairs of one shape of a model of 8 billion parameters would take gigabytes."""
+"""Entries of all factors that step together, 64 MB in float64: a step has some ten times as much alive, and all pairs
+of a model of 8 billion parameters would take gigabytes."""
 
 
 class Side(NamedTuple):
-    """One factor of all pairs of one shape, as tall matrices: B (L, m, r), or A transposed (L, n, r).
+    """One factor of pairs of one shape, as tall matrices: B (L, m, r), or A transposed (L, n, r).
 
     So every rule for B, given A, is a rule for A, given B. All tensors are float64.
 
@@ -39,9 +38,10 @@ class Side(NamedTuple):
 class PerPairOptimizer(Optimizer):
     """One optimizer object for LoRA pairs, moved by a method of its own, and AdamW for everything else that trains.
 
-    Pairs of one shape step together, as many as `LARGEST_STACK` allows, in float64 whatever surrounds the step. A
-    subclass says what it keeps of a factor (`start`) and how a batch of pairs moves (`update`, a pure function behind
-    it). A factor of zeros, as PEFT starts B with, is a factor like any other.
+    Pairs of one rank step together, as many as `LARGEST_STACK` allows, in float64 whatever surrounds the step: those of
+    one shape as one stack, and all stacks in step, so that their r x r eigenproblems are solved in one call. A subclass
+    says what it keeps of a factor (`start`) and how pairs move (`update`, a pure function behind it). A factor of
+    zeros, as PEFT starts B with, is a factor like any other.
 
     Args:
         params: Parameter groups; `parameter_groups(model)` makes them, `for_model` does both. Groups hold pairs,
@@ -92,8 +92,11 @@ class PerPairOptimizer(Optimizer):
         """The same of A, transposed: what `start` says unless a method treats A in another way."""
         return self.start(factor)
 
-    def update(self, b: Side, a: Side, group: dict[str, Any]) -> tuple[Side, Side]:
-        """Both sides of a batch with the values and states after one step; a side that rests is returned itself."""
+    def update(self, sides: list[Side], group: dict[str, Any]) -> list[Side]:
+        """The sides, B, A, B, A, ... of one rank, with values and states after one step.
+
+        A side that rests is returned itself.
+        """
         raise NotImplementedError
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -102,8 +105,6 @@ class PerPairOptimizer(Optimizer):
         pairs = pairs_of_new_group(param_group, self, (self.defaults["algorithm"], "adamw"), self._adamw_lr)
         if self.needs_full_rank:
             check_full_rank(pairs, name)
-        if any(isinstance(factor, DTensor) for pair in pairs for factor in pair):
-            raise UserError(f"{name} takes whole factors, and these are sharded (FSDP2's DTensors): use strategy ddp")
         options = self.defaults | param_group
         if not options["lr"] * options["weight_decay"] < 1:
             raise UserError(
@@ -156,13 +157,13 @@ class PerPairOptimizer(Optimizer):
             if group["algorithm"] == "adamw":
                 adamw_step(group, self.state, 1.0)
                 continue
-            for pairs in _alike(group["params"]):
-                a, b = (list(factors) for factors in zip(*pairs, strict=True))
-                side_b, side_a = self._side(b), self._side(a, transposed=True)
-                new_b, new_a = self.update(side_b, side_a, group)
-                self._write(b, new_b)
-                if new_a is not side_a:
-                    self._write(a, new_a, transposed=True)
+            for stacks in _together(_alike(group["params"])):
+                # B and A of each stack of pairs, in turn
+                factors = [[pair[i] for pair in pairs] for pairs in stacks for i in (1, 0)]
+                sides = [self._side(some, transposed=i % 2 == 1) for i, some in enumerate(factors)]
+                for i, (side, new) in enumerate(zip(sides, self.update(sides, group), strict=True)):
+                    if new is not side:
+                        self._write(factors[i], new, transposed=i % 2 == 1)
         return loss
 
     def _start(self, factor: Tensor, transposed: bool) -> dict[str, Tensor]:
@@ -188,17 +189,19 @@ class PerPairOptimizer(Optimizer):
         _copy(factors, _turned(side.value, transposed, batched=True))
 
 
-def in_weight_units(
-    step: Callable[..., tuple[Side, Side]], b: Side, a: Side, scaling: float, **numbers: Any
-) -> tuple[Side, Side]:
+def others(sides: list[Side]) -> list[Side]:
+    """Of each side, B, A, B, A, ..., the other one of its pairs."""
+    return [sides[i ^ 1] for i in range(len(sides))]
+
+
+def in_weight_units(step: Callable[..., list[Side]], sides: list[Side], scaling: float, **numbers: Any) -> list[Side]:
     """A step for W + B A where the layer is W + c B A: each factor takes a square root of c with it.
 
     Learning rates then count in the weight itself, and do not depend on lora_alpha.
     """
     root = scaling**0.5
-    b, a = (Side(side.value * root, side.grad / root, side.state) for side in (b, a))
-    b, a = step(b, a, **numbers)
-    return b._replace(value=b.value / root), a._replace(value=a.value / root)
+    sides = step([Side(side.value * root, side.grad / root, side.state) for side in sides], **numbers)
+    return [side._replace(value=side.value / root) for side in sides]
 
 
 def _alike(params: list[Tensor]) -> list[list[tuple[Tensor, Tensor]]]:
@@ -212,6 +215,21 @@ def _alike(params: list[Tensor]) -> list[list[tuple[Tensor, Tensor]]]:
         at_once = max(1, LARGEST_STACK // max(factor.numel() for factor in pairs[0]))
         batches += [pairs[i : i + at_once] for i in range(0, len(pairs), at_once)]
     return batches
+
+
+def _together(stacks: list[list[tuple[Tensor, Tensor]]]) -> list[list[list[tuple[Tensor, Tensor]]]]:
+    """Stacks of pairs that step in one call: of one rank, dtype and device, up to `LARGEST_STACK` entries in all."""
+    found: dict[Hashable, list[list[list[tuple[Tensor, Tensor]]]]] = defaultdict(lambda: [[]])
+    room: dict[Hashable, int] = defaultdict(lambda: LARGEST_STACK)
+    for pairs in stacks:
+        a = pairs[0][0]
+        key, entries = (len(a), a.dtype, a.device), len(pairs) * max(factor.numel() for factor in pairs[0])
+        if found[key][-1] and entries > room[key]:
+            found[key].append([])
+            room[key] = LARGEST_STACK
+        found[key][-1].append(pairs)
+        room[key] -= entries
+    return [together for of_kind in found.values() for together in of_kind]
 
 
 def _turned(x: Tensor, transposed: bool, batched: bool = False) -> Tensor:

@@ -6,47 +6,46 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_rlora.geometry.batched_eigh import eigh
 from lightning_rlora.geometry.gram import gram
 from lightning_rlora.optim.peers.lora_muon import decayed
-from lightning_rlora.optim.peers.per_pair import PerPairOptimizer, Side, in_weight_units
-from lightning_rlora.optim.peers.roots import DIVISOR_FLOOR, inverse_root, msign, spectral_norm
+from lightning_rlora.optim.peers.per_pair import PerPairOptimizer, Side, in_weight_units, others
+from lightning_rlora.optim.peers.roots import DIVISOR_FLOOR, inverse_roots, msigns, spectral_norms
 
 RIDGE = 1e-4
 """Added to curvatures, diagonal or not, as a share of the largest."""
 
 
 def polora_step(
-    b: Side, a: Side, *, lr: float, momentum: float, curvature_beta: float, weight_decay: float
-) -> tuple[Side, Side]:
-    """One step of `PoLoRA` on a batch of pairs."""
-    size = lr / (spectral_norm(b.value) + spectral_norm(a.value)).clamp_min(DIVISOR_FLOOR)
-
-    def moved(side: Side, other: Side) -> Side:
-        mean = torch.lerp(side.grad, side.state["momentum_buffer"], momentum)
-        ahead = torch.lerp(side.grad, mean, momentum)
-        root_p = damped(side.state["curvature"]).rsqrt().unsqueeze(-1)
-        n = gram(other.value * damped(other.state["curvature"]).sqrt().unsqueeze(-1))
-        root_c = inverse_root(n, RIDGE * largest_eigenvalue(n))
-        direction = root_p * msign(root_p * ahead @ root_c) @ root_c
-        share = size / spectral_norm(direction).clamp_min(DIVISOR_FLOOR)
+    sides: list[Side], *, lr: float, momentum: float, curvature_beta: float, weight_decay: float
+) -> list[Side]:
+    """One step of `PoLoRA` on pairs of one rank."""
+    norms = spectral_norms([side.value for side in sides])
+    means = [torch.lerp(side.grad, side.state["momentum_buffer"], momentum) for side in sides]
+    rows = [damped(side.state["curvature"]).unsqueeze(-1) for side in sides]
+    grams = [gram(other.value * rows[i ^ 1].sqrt()) for i, other in enumerate(others(sides))]
+    roots = inverse_roots(grams, lambda eigenvalues: RIDGE * eigenvalues[..., -1])
+    polars = msigns(
+        [
+            torch.lerp(side.grad, mean, momentum) / p.sqrt() @ root
+            for side, mean, p, root in zip(sides, means, rows, roots, strict=True)
+        ]
+    )
+    directions = [polar / p.sqrt() @ root for polar, p, root in zip(polars, rows, roots, strict=True)]
+    sizes = spectral_norms(directions)
+    moved = []
+    for i, (side, direction) in enumerate(zip(sides, directions, strict=True)):
+        share = lr / (norms[i] + norms[i ^ 1]).clamp_min(DIVISOR_FLOOR) / sizes[i].clamp_min(DIVISOR_FLOOR)
         value = decayed(side.value, -share[:, None, None] * direction, lr * weight_decay)
-        rows = (side.grad @ root_c).square().mean(-1)
-        curvature = torch.lerp(rows, side.state["curvature"], curvature_beta)
-        return side._replace(value=value, state={"momentum_buffer": mean, "curvature": curvature})
-
-    return moved(b, a), moved(a, b)
+        seen = (side.grad @ roots[i]).square().mean(-1)
+        curvature = torch.lerp(seen, side.state["curvature"], curvature_beta)
+        moved.append(side._replace(value=value, state={"momentum_buffer": means[i], "curvature": curvature}))
+    return moved
 
 
 def damped(curvature: Tensor) -> Tensor:
     """A diagonal (L, k) with its largest entry at 1, and the ridge; all equal where nothing is known yet."""
     largest = curvature.amax(-1, keepdim=True)
     return torch.where(largest > 0, curvature / largest.clamp_min(DIVISOR_FLOOR), 1.0) + RIDGE
-
-
-def largest_eigenvalue(n: Tensor) -> Tensor:
-    """The largest eigenvalue, (L, r, r) -> (L,)."""
-    return eigh(n)[0][..., -1].clamp_min(0)
 
 
 class PoLoRA(PerPairOptimizer):
@@ -96,7 +95,7 @@ class PoLoRA(PerPairOptimizer):
         """The running mean of the gradient, and the curvature of each of the factor's rows or columns."""
         return {"momentum_buffer": torch.zeros_like(factor), "curvature": factor.new_zeros(len(factor))}
 
-    def update(self, b: Side, a: Side, group: dict[str, Any]) -> tuple[Side, Side]:
+    def update(self, sides: list[Side], group: dict[str, Any]) -> list[Side]:
         """See `polora_step`."""
         numbers = {n: group[n] for n in ("lr", "momentum", "curvature_beta", "weight_decay")}
-        return in_weight_units(polora_step, b, a, group["scaling"], **numbers)
+        return in_weight_units(polora_step, sides, group["scaling"], **numbers)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_rlora.geometry.gram import gram
-from lightning_rlora.optim.peers.per_pair import PerPairOptimizer, Side
+from lightning_rlora.optim.peers.per_pair import PerPairOptimizer, Side, others
 
 
 def preconditioned(gradient: Tensor, other: Tensor, damping: float) -> Tensor:
@@ -36,12 +36,12 @@ def adamw_side(
     return side._replace(value=value, state={"steps": step, "first_moment": first, "second_moment": second})
 
 
-def rprec_adamw_step(b: Side, a: Side, *, damping: float, **adamw: Any) -> tuple[Side, Side]:
-    """One step of `RPrecAdamW` on a batch of pairs."""
-    return (
-        adamw_side(b, preconditioned(b.grad, a.value, damping), **adamw),
-        adamw_side(a, preconditioned(a.grad, b.value, damping), **adamw),
-    )
+def rprec_adamw_step(sides: list[Side], *, damping: float, **adamw: Any) -> list[Side]:
+    """One step of `RPrecAdamW` on pairs of one rank."""
+    return [
+        adamw_side(side, preconditioned(side.grad, other.value, damping), **adamw)
+        for side, other in zip(sides, others(sides), strict=True)
+    ]
 
 
 class RPrecAdamW(PerPairOptimizer):
@@ -88,6 +88,6 @@ class RPrecAdamW(PerPairOptimizer):
         """See `adamw_start`."""
         return adamw_start(factor)
 
-    def update(self, b: Side, a: Side, group: dict[str, Any]) -> tuple[Side, Side]:
+    def update(self, sides: list[Side], group: dict[str, Any]) -> list[Side]:
         """See `rprec_adamw_step`."""
-        return rprec_adamw_step(b, a, **{n: group[n] for n in ("damping", "lr", "betas", "eps", "weight_decay")})
+        return rprec_adamw_step(sides, **{n: group[n] for n in ("damping", "lr", "betas", "eps", "weight_decay")})

@@ -1,0 +1,89 @@
+"""The package's own modules on several processes."""
+
+import pytest
+import torch
+from fits import STRATEGIES
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback
+from processes import launch
+from torch.utils.data import DataLoader
+
+from lightning_rlora import CausalLM, UserError
+from lightning_rlora.callbacks import LocallyOptimalInit
+
+
+def rows(count, length=12):
+    ids = torch.randint(2, 4096, (count, length), generator=torch.Generator().manual_seed(1))
+    return [{"input_ids": row, "labels": row, "attention_mask": torch.ones_like(row)} for row in ids]
+
+
+def trainer(strategy, count, folder, **options):
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    quiet |= {"enable_model_summary": False, "num_sanity_val_steps": 0}
+    return Trainer(
+        accelerator="cpu", devices=count, strategy=STRATEGIES[strategy](), default_root_dir=folder, **quiet | options
+    )
+
+
+def quantised(strategy, count, folder):
+    module = CausalLM(adapter={"r": 2, "lora_alpha": 2}, quantization="4bit")
+    start = LocallyOptimalInit(alpha=0.05, offset="none")
+    run = trainer(strategy, count, folder, callbacks=[start], max_steps=3)
+    run.fit(module, DataLoader(rows(12), batch_size=4 // count))
+    return [p.detach().clone() for p in module.parameters() if p.requires_grad], start.loss_before
+
+
+def test_a_quantised_base_trains_under_ddp(tmp_path):
+    (first, loss), (second, other) = launch(2, quantised, "ddp", 2, tmp_path, folder=tmp_path)
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+    assert loss == other and all(bool(p.isfinite().all()) for p in first)
+
+
+class Answers(Callback):
+    """Lets the processes write answers of different lengths."""
+
+    def on_test_start(self, trainer, pl_module):
+        pl_module.model.generation_config.eos_token_id = None if trainer.global_rank else list(range(4096))
+
+
+def evaluated(strategy, folder):
+    module = CausalLM(adapter={"r": 2, "lora_alpha": 2}, max_new_tokens=4)
+    run = trainer(strategy, 2, folder, max_steps=1, callbacks=[Answers()], use_distributed_sampler=False)
+    run.fit(module, DataLoader(rows(2), batch_size=2), DataLoader(rows(6), batch_size=3))
+    measured = {name: float(value) for name, value in run.callback_metrics.items() if name.startswith("val/")}
+    prompt = {"input_ids": torch.arange(2, 8)[None], "attention_mask": torch.ones(1, 6, dtype=torch.int64)}
+    question = {name: ["x"] for name in ("task", "number", "prompt", "choices", "gold")}
+    question |= {"task": ["gsm8k"], "number": [run.global_rank], "choices": [[]], "gold": ["1"]}
+    run.test(module, DataLoader([prompt | question], batch_size=None), verbose=False)
+    refusal = ""
+    try:
+        run.predict(module, DataLoader([prompt | {"prompt": ["x"]}], batch_size=None))
+    except UserError as error:
+        refusal = str(error)
+    return measured, len(module.answers), refusal
+
+
+def test_a_sharded_model_is_measured_and_writes_answers(tmp_path):
+    ddp, fsdp2 = (launch(2, evaluated, name, tmp_path, folder=tmp_path) for name in ("ddp", "fsdp2"))
+    assert ddp[0][0].keys() == {"val/loss", "val/perplexity", "val/accuracy"}
+    for measured, answers, refusal in fsdp2:
+        assert measured == pytest.approx(ddp[0][0], rel=1e-6)
+        assert answers == 2  # one of each process
+        assert "not there to predict with" in refusal
+    assert ddp[0][2] == ""
+
+
+def test_the_command_line_takes_its_own_strategy_for_fsdp(tmp_path):
+    """Lightning's own refuses a CPU."""
+
+    def fit():
+        from lightning_rlora.cli import main
+
+        data = ["--data", "TextData", "--data.train", "embedded:python-topics", "--data.max_length", "16"]
+        run = ["--trainer.strategy", "fsdp", "--trainer.devices", "1", "--trainer.accelerator", "cpu"]
+        limits = ["--trainer.max_steps", "1", "--trainer.limit_val_batches", "0", "--data.batch_size", "2"]
+        main(["fit", "--model", "CausalLM", *data, *run, *limits, "--trainer.default_root_dir", str(tmp_path)])
+
+    launch(1, fit, folder=tmp_path / "process")
+    assert (tmp_path / "checkpoints" / "last.ckpt").is_file()
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
