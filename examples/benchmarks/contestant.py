@@ -12,7 +12,7 @@ from llama import state_bytes
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_rlora.optim import RiemannianSGD, Riemannion
+from lightning_rlora.optim import RiemannianSGD, Riemannion, WhitenedRiemannion
 
 SCALING = 2.0
 SIZE = 0.05
@@ -26,6 +26,7 @@ ADAMW: dict[str, Make] = {
 RIEMANNION: dict[str, Make] = {"Riemannion": lambda groups: Riemannion(groups, lr=1e-3, momentum=0.9)}
 VARIANTS: dict[str, Make] = {
     "Riemannion, clipped": lambda groups: Riemannion(groups, lr=1e-3, momentum=0.9, max_tangent_norm=1.0),
+    "WhitenedRiemannion": lambda groups: WhitenedRiemannion(groups, lr=1e-3, momentum=0.9),
     "RiemannianSGD": lambda groups: RiemannianSGD(groups, lr=1e-3, momentum=0.9),
     "RiemannianSGD, simulate_adam": lambda groups: RiemannianSGD(groups, lr=1e-3, momentum=0.9, simulate_adam=True),
 }

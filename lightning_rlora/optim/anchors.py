@@ -61,15 +61,21 @@ def turn(sketched: Tensor, anchors: Tensor, tolerance: float) -> Tensor:
     return torch.where(stands(sketched, anchors, tolerance)[:, None, None], eye, turned)
 
 
+def same_columns(sketched: Tensor, anchors: Tensor, tolerance: float) -> Tensor:
+    """Whether sketches (L, k, r) of the factors agree with their anchors, column by column, (L,)."""
+    sizes = anchors.norm(dim=1).clamp_min(torch.finfo(anchors.dtype).tiny)
+    return ((sketched - anchors).norm(dim=1) <= tolerance * sizes).all(1)
+
+
 def refactoring(sketched: Tensor, anchors: Tensor, tolerance: float) -> Tensor:
     """S (L, r, r) of factors F_old S = F, from sketches (L, k, r) of both that keep the sizes of columns.
 
     Identity where a factor did not change, zero where it does not span the old space any more.
     """
     sizes = anchors.norm(dim=1, keepdim=True).clamp_min(torch.finfo(anchors.dtype).tiny)
-    old, new = anchors / sizes, sketched / sizes
+    old = anchors / sizes
     eye = torch.eye(sketched.shape[-1], dtype=sketched.dtype, device=sketched.device)
-    unchanged = ((new - old).norm(dim=1) <= tolerance).all(1)
+    unchanged = same_columns(sketched, anchors, tolerance)
     if bool(unchanged.all()):
         return eye.expand(len(old), -1, -1)
     found = torch.linalg.pinv(old, rtol=tolerance) @ sketched

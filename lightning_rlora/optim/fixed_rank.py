@@ -215,13 +215,14 @@ class FixedRankOptimizer(Optimizer):
         """The fast step, if all pairs are on one GPU, in float32, and on the manifold as steps leave them."""
         pairs = self._all_pairs()
         factors = [factor for pair in pairs for factor in (pair.a, pair.b)]
-        if not can_be_graphed(factors) or any(pair.group["algorithm"] == "whitened" for pair in pairs):
+        if not can_be_graphed(factors):
             return None
         if any(p.device != factors[0].device for group in self._adamw_groups() for p in group["params"]):
             return None
         for pair in pairs:
             self._init_state(pair)
-        if not can_be_graphed([self.state[factor]["momentum"] for factor in factors]):
+        kept = [self.state[factor].get(name) for factor in factors for name in ("momentum", "curvature")]
+        if not can_be_graphed([tensor for tensor in kept if tensor is not None]):
             return None
         from lightning_rlora.optim.cuda.graphed import GraphedStep
 

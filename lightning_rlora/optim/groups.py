@@ -20,6 +20,8 @@ HYPERPARAMETERS: dict[str, Callable[[dict[str, Any]], float]] = {
     "min_singular_value": lambda group: group["min_singular_value"],
     "eps": lambda group: group["eps"],
     "beta": lambda group: group["betas"][1],
+    "curvature_decay": lambda group: group.get("curvature_decay", 0.0),
+    "curvature_floor": lambda group: group.get("curvature_floor", 0.0),
     "gradient_weight": lambda group: 1.0 - group["momentum"] if group["algorithm"] == "sgd" else 1.0,
 }
 """Numbers of a group that may change from step to step."""

@@ -26,7 +26,7 @@ class WhitenedRiemannion(FixedRankOptimizer):
 
     Beside Riemannion's state an adapter of an m x n weight keeps m + n numbers, `curvature`. The factors are balanced
     in the frame: C^(1/2) B and (A D^(1/2))^T have orthogonal columns, of equal sizes. A and B themselves in general
-    do not, and the `Retraction` callback leaves them alone. Takes the step in plain torch also on a GPU.
+    do not, and the `Retraction` callback leaves them alone.
 
     Args:
         params: As for `Riemannion`.

@@ -12,7 +12,7 @@ from torch import nn
 from lightning_rlora.adapters import find_pairs, matrix
 from lightning_rlora.errors import UserError
 from lightning_rlora.geometry import RANK_TOLERANCE, point_to_dense, random_point
-from lightning_rlora.optim import Riemannion, WhitenedRiemannion, fixed_rank
+from lightning_rlora.optim import Riemannion, WhitenedRiemannion
 from lightning_rlora.optim.reference import whitened_reference_step
 from lightning_rlora.optim.whitening import row_weights
 
@@ -364,10 +364,3 @@ def test_groups_of_other_algorithms_and_options_step_beside_it():
 def test_options_that_no_step_can_take_are_refused(option):
     with pytest.raises(UserError, match=next(iter(option))):
         WhitenedRiemannion.for_model(adapted(), **option)
-
-
-def test_takes_the_plain_step_where_others_would_take_the_fast_one(monkeypatch):
-    monkeypatch.setattr(fixed_rank, "can_be_graphed", lambda factors: True)
-    model = adapted()
-    optimizer = run(model, the_gradients(model, 2))
-    assert optimizer._new_graphed() is None

@@ -19,6 +19,7 @@ from lightning_rlora.optim.two_pass import (
     SMALLEST_SQUARE,
     Direction,
     Half,
+    Moved,
     basis_of,
     move,
     orthogonal_direction,
@@ -45,7 +46,7 @@ class Bucket:
         first = pairs[0].group
         self._algorithm = first["algorithm"]
         self.simulates_adam = first["algorithm"] == "sgd" and first["simulate_adam"]
-        self._rank, device = len(pairs[0].a), pairs[0].a.device
+        self._rank, self._device = len(pairs[0].a), pairs[0].a.device
         self.factors = [factor for pair in pairs for factor in (pair.b, pair.a)]  # sides: B, A, B, A, ...
         # rotations need no more than registers for small matrices; products are quicker from some size on
         self._polar_factor = (small_matrices if self._rank <= 8 else products).polar_factor
@@ -55,26 +56,27 @@ class Bucket:
         self._momenta = [entry["momentum"] for entry in self._entries]  # kept: the kernels know only their addresses
         addresses = [[x.data_ptr() for x in tall] for tall in (self.factors, self._momenta)]
         aligned = all(x % 16 == 0 for x in (*heights, *addresses[0], *addresses[1]))
-        self.passes = TallPasses(heights, self._rank, device, aligned=aligned)
+        whitened = self._algorithm == "whitened"
+        self.passes = TallPasses(heights, self._rank, self._device, aligned=aligned, whitened=whitened)
         self.passes.table[0].copy_(torch.tensor(addresses[0]))
         self.passes.table[2].copy_(torch.tensor(addresses[1]))
         self._addresses: list[int] = []
         self._copies: list[Tensor | None] = []
         places = {id(group): place for place, group in enumerate(groups)}
-        group_of = torch.tensor([places[id(pair.group)] for pair in pairs], device=device)
+        group_of = torch.tensor([places[id(pair.group)] for pair in pairs], device=self._device)
         self._hyperparameters = hyperparameters, group_of
 
         k = sketch_rows(self._rank)
-        self._anchors = torch.zeros(len(self.factors), k, self._rank, device=device)
+        self._anchors = torch.zeros(len(self.factors), k, self._rank, device=self._device)
         for anchor, factor in zip(self._anchors, self.factors, strict=True):
             state[factor]["anchor"] = anchor.copy_(state[factor]["anchor"])
         if self.simulates_adam:
-            self._norms = torch.zeros(len(self.factors), device=device)
-            self._steps = torch.zeros(len(self.factors), device=device)
+            self._norms = torch.zeros(len(self.factors), device=self._device)
+            self._steps = torch.zeros(len(self.factors), device=self._device)
             for name, stacked in (("norm", self._norms), ("step", self._steps)):
                 for number, factor in zip(stacked, self.factors, strict=True):
                     state[factor][name] = number.copy_(state[factor][name])
-        self._sizes = torch.ones(len(self.factors), self._rank, dtype=torch.float64, device=device)
+        self._sizes = torch.ones(len(self.factors), self._rank, dtype=torch.float64, device=self._device)
 
     def owns(self, state: dict[Tensor, dict[str, Any]]) -> bool:
         """Whether the optimizer's state still is what the step reads and writes."""
@@ -85,14 +87,16 @@ class Bucket:
 
     def ready(self) -> bool:
         """Reads the sizes of the columns; whether the factors that have gradients are fit for `solve`."""
-        active = torch.tensor([f.grad is not None for f in self.factors], device=self._sizes.device)
-        nothing = torch.zeros(len(self.factors), self._rank, device=self._sizes.device)
-        self.passes.table[1].copy_(self.passes.table[0])  # no gradients are read
-        n = self.passes.gram(nothing, nothing[:, 0].contiguous())[:, : self._rank, : self._rank]
+        active = torch.tensor([f.grad is not None for f in self.factors], device=self._device)
+        n = self._gram_of_factors()
         self._sizes.copy_(n.diagonal(dim1=1, dim2=2).sqrt())
-        fresh = self._anchors.flatten(1).norm(dim=1) == 0  # no step yet
-        self._anchors.copy_(torch.where(fresh[:, None, None], self._sketch(), self._anchors))
+        self._anchor(self._anchors.flatten(1).norm(dim=1) == 0)  # no step yet
         return bool((self._stands(n, _ORTHOGONAL) | ~active).all())
+
+    def _gram_of_factors(self) -> Tensor:
+        nothing = torch.zeros(len(self.factors), self._rank, device=self._device)
+        self.passes.table[1].copy_(self.passes.table[0])  # no gradients are read
+        return self.passes.gram(nothing, nothing[:, 0].contiguous())[:, : self._rank, : self._rank]
 
     def _stands(self, n: Tensor, orthogonal: float) -> Tensor:
         """Whether factors with these Gram matrices (sides, r, r) are where the last step left them, (sides,)."""
@@ -121,7 +125,7 @@ class Bucket:
             addresses = [g.data_ptr() for g in present]
         if addresses != self._addresses:
             self.passes.aligned = self.passes.aligned and not any(address % 16 for address in addresses)
-            self.passes.table[1].copy_(pinned(addresses, torch.int64, self._sizes.device), non_blocking=True)
+            self.passes.table[1].copy_(pinned(addresses, torch.int64, self._device), non_blocking=True)
             self._addresses = addresses
 
     def _of_pairs(self, name: str) -> Tensor:
@@ -136,23 +140,28 @@ class Bucket:
 
     def _gram(self, gradient_weight: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The Gram matrices (sides, 2r, 2r) of [factor N], and the weights that make N of gradient and momentum."""
-        # the basis of the other side is its factor over the sizes of its columns
-        others = self._sizes.unflatten(0, (-1, 2)).flip(1)
-        weights = (gradient_weight / (self._of_pairs("scaling") * others)).flatten(0, 1).float()
+        weights = self._column_weights(gradient_weight).flatten(0, 1).float()
         kept = momentum.expand(-1, 2, 1).flatten().float()
         return self.passes.gram(weights, kept), weights, kept
 
+    def _column_weights(self, gradient_weight: Tensor) -> Tensor:
+        """Weights (pairs, 2, r) of the gradients' columns."""
+        # the basis of the other side is its factor over the sizes of its columns
+        others = self._sizes.unflatten(0, (-1, 2)).flip(1)
+        return gradient_weight / (self._of_pairs("scaling") * others)
+
     def _along(self, n: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of Gram matrices of [factor N]: the factor's root, its inverse, its basis' products with N, and |N|^2."""
+        """Of Gram matrices of [factor N]: the factor's root, its inverse, its basis' products with N, and N^T N."""
         r = self._rank
         roots, inverses = cholesky(n[:, :r, :r])
-        return roots, inverses, inverses.mT @ n[:, :r, r:], n[:, r:, r:].diagonal(dim1=1, dim2=2).sum(-1)
+        return roots, inverses, inverses.mT @ n[:, :r, r:], n[:, r:, r:]
 
     def measure_gradient(self) -> Tensor:
         """The squared norm of P_X(G) over all pairs; the norms of its two factors are kept for simulated Adam."""
         one = torch.ones_like(self._of_pairs("lr"))
         n, _, _ = self._gram(one, 0 * one)
-        _, _, along, whole = self._along(n)
+        _, _, along, square = self._along(n)
+        whole = square.diagonal(dim1=1, dim2=2).sum(-1)
         squares = torch.stack([whole - along.square().sum((1, 2)), whole], 1).unflatten(0, (-1, 2))
         # of M_A only the part outside U counts: sides 0 of the first, sides 1 of the second
         square_a, square_b = squares[:, 0, 0].clamp_min(0), squares[:, 1, 1]
@@ -166,9 +175,10 @@ class Bucket:
         # pairs that do not step get matrices of full rank, so that nothing takes a slow way for them
         n.diagonal(dim1=1, dim2=2).add_((~self._active).repeat_interleave(2).unsqueeze(1))
         unmoved = self._stands(n[:, :r, :r], _NEARLY_ORTHOGONAL)
-        roots, inverses, along, whole = self._along(n)
+        roots, inverses, along, square = self._along(n)
+        whole = square.diagonal(dim1=1, dim2=2).sum(-1)
         rest_roots, rest_inverses = cholesky(
-            n[:, r:, r:] - along.mT @ along,
+            square - along.mT @ along,
             (RANGE_FLOOR[torch.float32] * whole).clamp_min(SMALLEST_SQUARE).contiguous(),
         )
         basis = basis_of(inverses, along, rest_inverses)
@@ -184,7 +194,7 @@ class Bucket:
             triplets=self._triplets,
         )
         self._new_sizes = moved.sizes
-        t = torch.stack([moved.left, moved.right], 1).flatten(0, 1)
+        t = self._combinations(moved)
         t[:, :r, :r].diagonal(dim1=1, dim2=2).sub_(1)  # the pass adds to the factors
         self._t = t.float()
         finite = torch.isfinite(whole).unflatten(0, (-1, 2)).all(1)
@@ -192,8 +202,12 @@ class Bucket:
         solved = torch.isfinite(self._t).flatten(1).all(1).unflatten(0, (-1, 2)).all(1)
         return ((finite & (solved | ~self._unmoved)) | ~self._active).all()
 
+    def _combinations(self, moved: Moved) -> Tensor:
+        """What makes [F' M'] of [F N], (sides, 2r, 2r)."""
+        return torch.stack([moved.left, moved.right], 1).flatten(0, 1)
+
     def _direction(self, scale: Tensor) -> Direction:
-        if self._algorithm == "riemannion":
+        if self._algorithm != "sgd":
             return orthogonal_direction(RANK_TOLERANCE[torch.float32], self._polar_factor)
         if not self.simulates_adam:
             return _itself
@@ -207,15 +221,24 @@ class Bucket:
     def write(self, finite: Tensor) -> Tensor:
         """The second pass and the new state, unless a number is not finite; whether factors were changed unnoticed."""
         steps = self._active & self._unmoved & finite
-        self.passes.apply(self._weights, self._kept, self._t, (~steps).int())
-        of_sides = steps.repeat_interleave(2)
+        self._apply((~steps).int())
+        self._record(steps.repeat_interleave(2))
+        return (self._active & ~self._unmoved).any()
+
+    def _apply(self, skip: Tensor) -> None:
+        self.passes.apply(self._weights, self._kept, self._t, skip)
+
+    def _record(self, of_sides: Tensor) -> None:
+        """The new small state of the sides that stepped."""
         sizes = self._new_sizes.repeat_interleave(2, 0)
         self._sizes.copy_(torch.where(of_sides.unsqueeze(1), sizes, self._sizes))
-        self._anchors.copy_(torch.where(of_sides[:, None, None], self._sketch(), self._anchors))
+        self._anchor(of_sides)
         if self.simulates_adam:
             self._norms.copy_(torch.where(of_sides, self._new_norms, self._norms))
             self._steps.add_(of_sides)
-        return (self._active & ~self._unmoved).any()
+
+    def _anchor(self, of_sides: Tensor) -> None:
+        self._anchors.copy_(torch.where(of_sides[:, None, None], self._sketch(), self._anchors))
 
 
 def _itself(core: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 The same mathematics as `two_pass`, with the tall matrices read where they are. It holds between steps in which nothing
 was changed from outside: factors then have orthogonal columns of known sizes, so the new momentum N is a weighting of
 columns of gradient and old momentum, formed on the fly in both passes, and the Gram matrix of [B N] is all that the
-small algebra needs.
+small algebra needs. Whitened pairs need no orthogonal columns: see `whitened_bucket`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_rlora.optim.cuda.bucket import Bucket, pinned
+from lightning_rlora.optim.cuda.whitened_bucket import WhitenedBucket
 from lightning_rlora.optim.groups import HYPERPARAMETERS, PairInGroup
 
 
@@ -70,7 +71,12 @@ class GraphedStep:
             self._hyperparameters = torch.zeros(
                 len(groups), len(HYPERPARAMETERS), dtype=torch.float64, device=self._device
             )
-            self._buckets = [Bucket(bucket, groups, state, self._hyperparameters) for bucket in buckets.values()]
+            self._buckets = [
+                (WhitenedBucket if members[0].group["algorithm"] == "whitened" else Bucket)(
+                    members, groups, state, self._hyperparameters
+                )
+                for members in buckets.values()
+            ]
             self.other_square = torch.zeros((), dtype=torch.float64, device=self._device)
             self.gradient_scale = torch.ones((), device=self._device)
             self.found_nonfinite = torch.zeros((), device=self._device)
@@ -95,7 +101,7 @@ class GraphedStep:
         return Found(*map(bool, self._seen[which].tolist()))
 
     def ready(self) -> bool:
-        """Whether every factor has orthogonal columns and stands where the last step left it; waits for the device."""
+        """Whether every factor is as a step takes it, and stands where the last one left it; waits for the device."""
         with self._on_device():
             return all(bucket.ready() for bucket in self._buckets)
 

@@ -9,13 +9,9 @@ import triton
 from torch import Tensor
 
 from lightning_rlora.optim.anchors import sketch_rows, sketch_stride
-from lightning_rlora.optim.cuda.tall_kernels import (
-    _apply,
-    _gram_many_tiles,
-    _gram_one_tile,
-    _gram_sum,
-    _sketch,
-)
+from lightning_rlora.optim.cuda.apply_kernels import _apply, _sketch
+from lightning_rlora.optim.cuda.curvature_kernels import _row_weights
+from lightning_rlora.optim.cuda.gram_kernels import _gram_many_tiles, _gram_one_tile, _gram_sum
 
 
 class _Items(NamedTuple):
@@ -69,18 +65,25 @@ class TallPasses:
         rank: r.
         device: Of the factors.
         aligned: Whether every address will be a multiple of 16 bytes and every height is one of 16.
+        whitened: Whether the pairs have curvatures. Then F and N below are those of the frame, rows of a factor times
+            the weights of `weigh_rows` and rows of gradient and momentum over them; and back in what is written.
 
     Attributes:
-        table: Addresses, int64 (3, sides): of factors, of their gradients (zero where there is none) and of momenta.
-            To be filled by the caller.
+        table: Addresses, int64 (3, sides): of factors, of their gradients (zero where there is none) and of momenta; of
+            whitened pairs (5, sides), then those of curvatures and of the rows' weights, which are filled in. The
+            others are to be filled in by the caller.
         aligned: As given; may be changed between passes.
     """
 
-    def __init__(self, heights: list[int], rank: int, device: torch.device, *, aligned: bool) -> None:
-        self._rank, self.aligned = rank, aligned
+    def __init__(self, heights: list[int], rank: int, device: torch.device, *, aligned: bool, whitened: bool) -> None:
+        self._rank, self.aligned, self._whitened = rank, aligned, whitened
         self._plan = _Plan.of(rank)
         self._sides = len(heights)
-        self.table = torch.zeros(3, len(heights), dtype=torch.int64, device=device)
+        self.table = torch.zeros(5 if whitened else 3, len(heights), dtype=torch.int64, device=device)
+        if whitened:
+            padded = [height + -height % 16 for height in heights]
+            self._row_weights = torch.ones(sum(padded), device=device).split(padded)
+            self.table[4].copy_(torch.tensor([weights.data_ptr() for weights in self._row_weights]))
         self._heights = torch.tensor(heights, dtype=torch.int32, device=device)
         self._gram_items = _Items.of(heights, self._plan.gram_chunk, device)
         self._apply_items = _Items.of(heights, 1024, device)
@@ -90,8 +93,16 @@ class TallPasses:
         tiles = [(x, y) for x in range(count) for y in range(x, count)]
         self._x_tile, self._y_tile = torch.tensor(tiles, dtype=torch.int32).T.contiguous().to(device)
 
+    def weigh_rows(self, floors: Tensor) -> None:
+        """Brings the frame of what follows: `lightning_rlora.optim.whitening.row_weights` of each side's curvature.
+
+        Args:
+            floors: float64 (sides,).
+        """
+        _row_weights[(self._sides,)](self.table, self._sides, self._heights, floors, BLOCK=4096, num_warps=8)
+
     def gram(self, weights: Tensor, kept: Tensor) -> Tensor:
-        """The Gram matrices (sides, 2r, 2r) of [B N], N = gradient diag(weights) + kept momentum, float64.
+        """The Gram matrices (sides, 2r, 2r) of [F N], N = gradient diag(weights) + kept momentum, float64.
 
         Args:
             weights: float32 (sides, r).
@@ -101,7 +112,8 @@ class TallPasses:
         partial = weights.new_empty(len(work.side), pairs, tile, tile, dtype=torch.float64)
         out = weights.new_empty(self._sides, 2 * r, 2 * r, dtype=torch.float64)
         common = (self.table, self._sides, weights, kept, self._heights, work.side, work.low)
-        options = {"r": r, "TILE": tile, "ALIGNED": self.aligned} | self._plan.gram
+        options = {"r": r, "TILE": tile, "ALIGNED": self.aligned, "WHITENED": self._whitened}
+        options |= self._plan.gram
         if r <= tile <= 32:
             _gram_one_tile[(len(work.side),)](*common, partial, work.chunk, **options)
         else:
@@ -112,19 +124,31 @@ class TallPasses:
         )
         return out
 
-    def apply(self, weights: Tensor, kept: Tensor, t: Tensor, skip: Tensor) -> None:
-        """[B M] <- [B + change, M'] with [change, M'] = [B N] T, in place, N as in `gram`.
+    def apply(
+        self,
+        weights: Tensor,
+        kept: Tensor,
+        t: Tensor,
+        skip: Tensor,
+        decays: Tensor | None = None,
+        at_bases: Tensor | None = None,
+    ) -> None:
+        """[F M] <- [F + change, M'] with [change, M'] = [F N] T, in place, N as in `gram`.
 
         Args:
             weights: float32 (sides, r).
             kept: float32 (sides,).
             t: float32 (sides, 2r, 2r).
             skip: int32 (pairs,); pairs with anything but zero are left alone.
+            decays: Of whitened pairs, float64 (sides,): the share of the curvatures' mean squares that is kept.
+            at_bases: Of whitened pairs, float32 (sides, r, r): what makes of the weighted gradient its products with
+                the other side's orthonormal basis; the squares of their rows enter the curvature.
         """
         r, work = self._rank, self._apply_items
         _apply[(len(work.side),)](
             self.table, self._sides, weights, kept, self._heights, work.side, work.low, t, skip, work.chunk,
-            r=r, TILE=max(16, triton.next_power_of_2(r)), ALIGNED=self.aligned, **self._plan.apply,
+            decays, at_bases, r=r, TILE=max(16, triton.next_power_of_2(r)), ALIGNED=self.aligned,
+            WHITENED=self._whitened, **self._plan.apply,
         )  # fmt: skip
 
     def sketch(self) -> Tensor:

@@ -12,9 +12,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from lightning_rlora.optim import Riemannion
+from lightning_rlora.optim import Riemannion, WhitenedRiemannion
 from lightning_rlora.optim.cuda import products
 from lightning_rlora.optim.cuda.bucket import Bucket
+from lightning_rlora.optim.cuda.whitened_bucket import WhitenedBucket
 from lightning_rlora.optim.groups import HYPERPARAMETERS, PairInGroup
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -29,7 +30,7 @@ def compile_only(kernel, *args, grid, warmup, **kwargs):
     signature, constants, attributes = {}, {}, {}
     for place, parameter in enumerate(kernel.params):
         value = named[parameter.name]
-        if parameter.is_constexpr:
+        if parameter.is_constexpr or value is None:
             signature[parameter.name], constants[(place,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name], attributes[(place,)] = TYPES[value.dtype], [["tt.divisibility", 16]]
@@ -45,15 +46,16 @@ def compile_only(kernel, *args, grid, warmup, **kwargs):
 JITFunction.run = compile_only
 products._by_kernels = lambda x: True
 rank = int(sys.argv[1])
-optimizer = build(Riemannion, [Shapes(1.0, rank, [(2 * rank + 32, 4 * rank), (rank + 3, 99)])], torch.float32, lr=0.01)
-hand_over([optimizer], random_gradients(optimizer, torch.Generator().manual_seed(0)))
-optimizer.step()
-group = optimizer.param_groups[0]
-pairs = [PairInGroup(a, b, group) for a, b in zip(group["params"][::2], group["params"][1::2], strict=True)]
-numbers = torch.ones(1, len(HYPERPARAMETERS), dtype=torch.float64)
-bucket = Bucket(pairs, [group], optimizer.state, numbers)
-bucket.ready()
-bucket.find_gradients()
-bucket.begin()
-bucket.solve(torch.ones((), dtype=torch.float64))
-bucket.write(torch.tensor(True))
+for make, kind in ((Riemannion, Bucket), (WhitenedRiemannion, WhitenedBucket)):
+    optimizer = build(make, [Shapes(1.0, rank, [(2 * rank + 32, 4 * rank), (rank + 3, 99)])], torch.float32, lr=0.01)
+    hand_over([optimizer], random_gradients(optimizer, torch.Generator().manual_seed(0)))
+    optimizer.step()
+    group = optimizer.param_groups[0]
+    pairs = [PairInGroup(a, b, group) for a, b in zip(group["params"][::2], group["params"][1::2], strict=True)]
+    numbers = torch.ones(1, len(HYPERPARAMETERS), dtype=torch.float64)
+    bucket = kind(pairs, [group], optimizer.state, numbers)
+    bucket.ready()
+    bucket.find_gradients()
+    bucket.begin()
+    bucket.solve(torch.ones((), dtype=torch.float64))
+    bucket.write(torch.tensor(True))

@@ -18,6 +18,23 @@ class Shapes(NamedTuple):
     shapes: list[tuple[int, int]]
 
 
+RANKS = [
+    Shapes(2.0, 1, [(64, 48)]),
+    Shapes(0.5, 2, [(64, 48), (100, 36)]),
+    Shapes(1.0, 5, [(64, 50)]),
+    Shapes(1.0, 8, [(64, 50), (200, 100), (8, 50)]),  # r = m
+    Shapes(2.0, 12, [(64, 50), (20, 18)]),  # 2r > m, n
+    Shapes(2.0, 16, [(300, 50)]),
+    Shapes(1.0, 28, [(300, 61)]),
+    Shapes(2.0, 32, [(300, 150)]),
+    Shapes(1.0, 40, [(99, 300)]),
+    Shapes(0.3, 56, [(300, 150)]),
+    Shapes(0.3, 64, [(300, 200), (100, 200)]),
+    Shapes(2.0, 128, [(500, 400)]),
+]
+"""For a GPU: every rank that takes kernels of its own, and shapes at its limits."""
+
+
 def build(
     make: Callable[..., FixedRankOptimizer],
     cases: Iterable[Shapes],

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from graphed_cases import Shapes, build, hand_over, pairs_of, random_gradients, worst_drift, worst_error
+from graphed_cases import RANKS, Shapes, build, hand_over, pairs_of, random_gradients, worst_drift, worst_error
 
 from lightning_rlora.errors import UserError
 from lightning_rlora.optim import RiemannianSGD, Riemannion, fixed_rank
@@ -184,22 +184,6 @@ class TestTheOptimizerWithIt:
             one.step(), other.step()
             assert other._graphed is not None
         assert worst_error(one, other) == 0
-
-
-RANKS = [
-    Shapes(2.0, 1, [(64, 48)]),
-    Shapes(0.5, 2, [(64, 48), (100, 36)]),
-    Shapes(1.0, 5, [(64, 50)]),
-    Shapes(1.0, 8, [(64, 50), (200, 100), (8, 50)]),  # r = m
-    Shapes(2.0, 12, [(64, 50), (20, 18)]),  # 2r > m, n
-    Shapes(2.0, 16, [(300, 50)]),
-    Shapes(1.0, 28, [(300, 61)]),
-    Shapes(2.0, 32, [(300, 150)]),
-    Shapes(1.0, 40, [(99, 300)]),
-    Shapes(0.3, 56, [(300, 150)]),
-    Shapes(0.3, 64, [(300, 200), (100, 200)]),
-    Shapes(2.0, 128, [(500, 400)]),
-]
 
 
 class TestOnTheGpu:

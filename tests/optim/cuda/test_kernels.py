@@ -10,6 +10,7 @@ from lightning_rlora.optim.anchors import sketch
 from lightning_rlora.optim.cuda import product_kernels, products
 from lightning_rlora.optim.cuda.small_kernels import cholesky, orthogonal_columns, warps
 from lightning_rlora.optim.cuda.tall_passes import TallPasses
+from lightning_rlora.optim.whitening import row_weights, with_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = [(4, [(20, 33), (50, 17)]), (3, [(20, 48)]), (16, [(48, 32)]), (20, [(40, 50)]), (70, [(80, 100)])]
@@ -18,40 +19,64 @@ CASES = [(4, [(20, 33), (50, 17)]), (3, [(20, 48)]), (16, [(48, 32)]), (20, [(40
 class Tall:
     """Random factors, gradients and momenta of pairs, and the passes over them."""
 
-    def __init__(self, rank, shapes, aligned=False):
+    def __init__(self, rank, shapes, aligned=False, whitened=False):
         generator = torch.Generator().manual_seed(0)
         sides = [side for m, n in shapes for side in ((m, rank), (rank, n))]
         draw = [torch.randn(3, *side, generator=generator).to(DEVICE) for side in sides]
         self.factors, self.gradients, self.momenta = ([one[i] for one in draw] for i in range(3))
         self.rank = rank
         heights = [x.numel() // rank for x in self.factors]
-        self.passes = TallPasses(heights, rank, torch.device(DEVICE), aligned=aligned)
+        self.passes = TallPasses(heights, rank, torch.device(DEVICE), aligned=aligned, whitened=whitened)
         addresses = [[x.data_ptr() for x in tall] for tall in (self.factors, self.gradients, self.momenta)]
-        self.passes.table.copy_(torch.tensor(addresses))
+        self.passes.table[:3].copy_(torch.tensor(addresses))
         self.weights = torch.rand(len(sides), rank, generator=generator).to(DEVICE)
         self.kept = torch.rand(len(sides), generator=generator).to(DEVICE)
+        self.frames = [torch.ones(height, 1, dtype=torch.float64, device=DEVICE) for height in heights]
+        if whitened:
+            self.curvatures = [10 ** (-25 - 4 * torch.rand(k, generator=generator)).to(DEVICE) for k in heights]
+            self.curvatures[1].zero_()  # nothing known
+            self.floors = torch.linspace(0.001, 0.1, len(sides), dtype=torch.float64, device=DEVICE)
+            self.passes.table[3].copy_(torch.tensor([x.data_ptr() for x in self.curvatures]))
+            self.passes.weigh_rows(self.floors)
+            found = zip(self.passes._row_weights, heights, strict=True)
+            self.frames = [weights[:height].double().unsqueeze(1) for weights, height in found]
+
+    def tall(self, tensor, i):
+        return tensor.double() if i % 2 == 0 else tensor.double().mT
 
     def side(self, i):
-        """[B N] of a side in float64."""
-        b, g, m = (
-            tall[i].double() if i % 2 == 0 else tall[i].double().mT
-            for tall in (self.factors, self.gradients, self.momenta)
-        )
-        return torch.cat([b, g * self.weights[i] + self.kept[i] * m], 1)
+        """[B N] of a side in float64, in its frame."""
+        b, g, m = (self.tall(x[i], i) for x in (self.factors, self.gradients, self.momenta))
+        return torch.cat([b * self.frames[i], (g * self.weights[i] + self.kept[i] * m) / self.frames[i]], 1)
 
 
+with_and_without_frame = pytest.mark.parametrize("whitened", [False, True], ids=["plain", "whitened"])
+
+
+@with_and_without_frame
 @pytest.mark.parametrize(("rank", "shapes"), CASES)
-def test_gram(rank, shapes):
-    tall = Tall(rank, shapes, aligned=rank == 16)
+def test_gram(rank, shapes, whitened):
+    tall = Tall(rank, shapes, aligned=rank == 16, whitened=whitened)
     found = tall.passes.gram(tall.weights, tall.kept)
     for i, n in enumerate(found):
         w = tall.side(i)
         assert (n - w.mT @ w).norm() < 1e-7 * n.norm()  # measured 3e-8, the rounding of N; the sums are exact
 
 
+def test_row_weights():
+    """Also of a side higher than a block of the kernel, and of one of which nothing is known."""
+    tall = Tall(1, [(9000, 20), (33, 40)], whitened=True)
+    for frame, curvature, floor in zip(tall.frames, tall.curvatures, tall.floors, strict=True):
+        assert torch.allclose(
+            frame.squeeze(1), row_weights(curvature.double(), float(floor)), rtol=1e-6
+        )  # measured 2e-7
+    assert (tall.frames[1] == 1).all()
+
+
+@with_and_without_frame
 @pytest.mark.parametrize(("rank", "shapes"), CASES)
-def test_apply(rank, shapes):
-    tall = Tall(rank, shapes, aligned=rank == 16)
+def test_apply(rank, shapes, whitened):
+    tall = Tall(rank, shapes, aligned=rank == 16, whitened=whitened)
     sides = len(tall.factors)
     t = torch.randn(sides, 2 * rank, 2 * rank, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     skip = torch.zeros(sides // 2, dtype=torch.int32, device=DEVICE)
@@ -62,16 +87,28 @@ def test_apply(rank, shapes):
         w = tall.side(i)
         new = w @ t[i].double()
         new[:, :rank] += w[:, :rank]
-        expected.append(new)
+        expected.append(torch.cat([new[:, :rank] / tall.frames[i], new[:, rank:] * tall.frames[i]], 1))
     kept = [(tall.factors[i].clone(), tall.momenta[i].clone()) for i in range(sides)]
-    tall.passes.apply(tall.weights, tall.kept, t, skip)
+    if whitened:
+        decays = torch.linspace(0.9, 0.99, sides, dtype=torch.float64, device=DEVICE)
+        at_bases = 1e-25 * torch.randn(sides, rank, rank, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+        curvatures = [curvature.clone() for curvature in tall.curvatures]
+        for i in range(sides):
+            if not skip[i // 2]:
+                seen = tall.tall(tall.gradients[i], i) * tall.weights[i].double() @ at_bases[i].double()
+                curvatures[i] = with_rows(curvatures[i], seen.square().sum(1), float(decays[i])).float()
+        tall.passes.apply(tall.weights, tall.kept, t, skip, decays, at_bases)
+        for found, want in zip(tall.curvatures, curvatures, strict=True):
+            assert torch.allclose(found, want, rtol=1e-5, atol=0)  # measured 4e-7
+    else:
+        tall.passes.apply(tall.weights, tall.kept, t, skip)
     for i in range(sides):
         found = tall.factors[i], tall.momenta[i]
         if skip[i // 2]:
             assert torch.equal(found[0], kept[i][0]) and torch.equal(found[1], kept[i][1])
             continue
         for part, want in zip(found, expected[i].split(rank, 1), strict=True):
-            part = part.double() if i % 2 == 0 else part.double().mT
+            part = tall.tall(part, i)
             assert (part - want).norm() < 1e-6 * want.norm()  # measured 6e-8; 3e-7 with TF32 in three parts
 
 

@@ -1,0 +1,122 @@
+"""The second pass over tall factors: the new factor and momentum of each side, in place; and the factors' sketches."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from lightning_rlora.optim.cuda.curvature_kernels import _add_to_curvature
+from lightning_rlora.optim.cuda.tiles import _address, _factor, _load, _of_rows, _store, _velocity
+
+
+@triton.jit
+def _add_applied(tile, t, total, IS_A: tl.constexpr, PRECISION: tl.constexpr):
+    """Total + tile T, or for A its transpose."""
+    if PRECISION == "float64":
+        tile = tile.to(tl.float64)
+        t = t.to(tl.float64)
+        if IS_A:
+            total = tl.dot(tl.trans(t), tile, total, out_dtype=tl.float64)
+        else:
+            total = tl.dot(tile, t, total, out_dtype=tl.float64)
+    else:
+        if IS_A:
+            total = tl.dot(tl.trans(t), tile, total, input_precision=PRECISION)
+        else:
+            total = tl.dot(tile, t, total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def _apply_to_side(
+    factor, gradient, momentum, weights, kept, frame, low, high, height, t,
+    r: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr, BLOCK: tl.constexpr, IS_A: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    columns = tl.arange(0, TILE)
+    SUM: tl.constexpr = tl.float64 if PRECISION == "float64" else tl.float32
+    for start in range(low, high, BLOCK):
+        rows = start + tl.arange(0, BLOCK)
+        if IS_A:
+            change = tl.zeros((TILE, BLOCK), SUM)
+            carried = tl.zeros((TILE, BLOCK), SUM)
+        else:
+            change = tl.zeros((BLOCK, TILE), SUM)
+            carried = tl.zeros((BLOCK, TILE), SUM)
+        for first in tl.static_range(0, TILE, DEPTH):
+            inner = first + tl.arange(0, DEPTH)
+            b = _factor(factor, frame, rows, inner, height, r, IS_A)
+            n = _velocity(gradient, momentum, weights, kept, frame, rows, inner, height, r, IS_A)
+            inside = (inner < r)[:, None] & (columns < r)[None, :]
+            entries = t + inner[:, None] * 2 * r + columns[None, :]
+            change = _add_applied(b, tl.load(entries, mask=inside, other=0.0), change, IS_A, PRECISION)
+            carried = _add_applied(b, tl.load(entries + r, mask=inside, other=0.0), carried, IS_A, PRECISION)
+            entries += 2 * r * r
+            change = _add_applied(n, tl.load(entries, mask=inside, other=0.0), change, IS_A, PRECISION)
+            carried = _add_applied(n, tl.load(entries + r, mask=inside, other=0.0), carried, IS_A, PRECISION)
+        if frame is not None:
+            weight = _of_rows(frame, rows, height, IS_A)
+            change = change * (1 / weight)
+            carried = carried * weight
+        moved = _load(factor, rows, columns, height, r, IS_A) + change.to(tl.float32)
+        if TILE > DEPTH:
+            tl.debug_barrier()  # every thread has read the rows before any is overwritten
+        _store(factor, moved, rows, columns, height, r, IS_A)
+        _store(momentum, carried.to(tl.float32), rows, columns, height, r, IS_A)
+
+
+@triton.jit
+def _apply(
+    table, sides, weights, kept, heights, item_side, item_low, t, skip, chunk, decays, at_bases,
+    r: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+    PRECISION: tl.constexpr, WHITENED: tl.constexpr,
+):  # fmt: skip
+    item = tl.program_id(0)
+    side = tl.load(item_side + item)
+    if tl.load(skip + side // 2) != 0:
+        return
+    low = tl.multiple_of(tl.load(item_low + item), 16)
+    height = tl.load(heights + side)
+    if ALIGNED:
+        height = tl.multiple_of(height, 16)
+    high = tl.minimum(low + chunk, height)
+    f = _address(table, side, ALIGNED)
+    g = _address(table, sides + side, ALIGNED)
+    m = _address(table, 2 * sides + side, ALIGNED)
+    w = weights + side * r
+    share = tl.load(kept + side)
+    t += side.to(tl.int64) * 4 * r * r
+    frame = None
+    if WHITENED:
+        frame = _address(table, 4 * sides + side, ALIGNED)
+        c = _address(table, 3 * sides + side, ALIGNED)
+        decay = tl.load(decays + side)
+        at_basis = at_bases + side.to(tl.int64) * r * r
+        if side % 2 == 0:
+            _add_to_curvature(c, g, w, decay, at_basis, low, high, height, r, TILE, DEPTH, BLOCK, False)
+        else:
+            _add_to_curvature(c, g, w, decay, at_basis, low, high, height, r, TILE, DEPTH, BLOCK, True)
+    if side % 2 == 0:
+        _apply_to_side(f, g, m, w, share, frame, low, high, height, t, r, TILE, DEPTH, BLOCK, False, PRECISION)
+    else:
+        _apply_to_side(f, g, m, w, share, frame, low, high, height, t, r, TILE, DEPTH, BLOCK, True, PRECISION)
+
+
+@triton.jit
+def _sketch(table, heights, strides, out, k: tl.constexpr, r: tl.constexpr, GROUPS: tl.constexpr, R: tl.constexpr):
+    side = tl.program_id(0)
+    height = tl.load(heights + side)
+    stride = tl.load(strides + side)
+    pointer = tl.load(table + side).to(tl.pointer_type(tl.float32))
+    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    columns = tl.arange(0, R)
+    # an element (row, column) of B lies at row r + column, of A at column height + row
+    row_step = tl.where(side % 2 == 0, r, 1)
+    column_step = tl.where(side % 2 == 0, 1, height)
+    total = tl.zeros((GROUPS, R), tl.float32)
+    for i in range((height + stride * k - 1) // (stride * k)):
+        rows = (i * k + group) * stride
+        inside = ((group < k) & (rows < height))[:, None] & (columns < r)[None, :]
+        total += tl.load(pointer + rows[:, None] * row_step + columns[None, :] * column_step, mask=inside, other=0.0)
+    inside = (group < k)[:, None] & (columns < r)[None, :]
+    tl.store(out + side.to(tl.int64) * k * r + group[:, None] * r + columns[None, :], total, mask=inside)
