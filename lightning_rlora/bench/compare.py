@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from lightning_rlora.bench.plan import Plan, Run
+from lightning_rlora.bench.plan import MEAN_OF_TASKS, Plan, Run
 from lightning_rlora.bench.pool import run_all
 from lightning_rlora.bench.results import Result, read_result
 from lightning_rlora.bench.worker import Fit, Job
@@ -80,10 +80,12 @@ def write_outputs(plan: Plan, output: Path) -> list[Result]:
     """
     from lightning_rlora.bench.outputs import as_csv, as_json, markdown, peft_layout
     from lightning_rlora.bench.report import write_report
-    from lightning_rlora.bench.table import table
+    from lightning_rlora.bench.table import mean_of_tasks, table
 
     results = [result for _, result in _results(plan, output)]
-    tables = {task: table(results, task, plan) for task in plan.tasks}
+    means = mean_of_tasks(results, plan) if plan.mean_of_tasks else []
+    tables = {MEAN_OF_TASKS: table(means, MEAN_OF_TASKS, plan)} if plan.mean_of_tasks else {}
+    tables |= {task: table(results, task, plan) for task in plan.tasks}
     best = {(row.task, row.method, row.steps, row.rate) for rows in tables.values() for row in rows}
     written = set()
     for result in results:
@@ -98,7 +100,7 @@ def write_outputs(plan: Plan, output: Path) -> list[Result]:
     write_atomically(output / "table.md", markdown(tables, results, plan).encode())
     write_atomically(output / "table.csv", as_csv(tables).encode())
     write_atomically(output / "table.json", as_json(tables).encode())
-    write_report(output, plan, results, tables, len(plan.runs()))
+    write_report(output, plan, results, means, tables, len(plan.runs()))
     return results
 
 

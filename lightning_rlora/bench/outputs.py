@@ -15,7 +15,7 @@ from typing import Any
 
 from lightning_rlora.bench.plan import Plan
 from lightning_rlora.bench.results import Result
-from lightning_rlora.bench.table import Row, interpolate
+from lightning_rlora.bench.table import Row, Score, interpolate
 
 Cells = dict[str, str]
 
@@ -39,7 +39,7 @@ def cells(row: Row, reference: Row | None) -> Cells:
         "steps": str(row.steps),
         "best rate": "" if diverged_everywhere else f"{row.rate:g}" + (" (edge)" if row.edge else ""),
         "validation loss": "diverged" if diverged_everywhere else number_with_spread(row),
-        "accuracy": _percent(row),
+        **{name.replace("_", " "): _shown(name, score) for name, score in row.scores.items()},
         "rates within 1 %": ""
         if diverged_everywhere
         else ("≥ " if window.open_low or window.open_high else "") + f"x{window.ratio:.2g}",
@@ -91,9 +91,9 @@ def explanation(plan: Plan) -> str:
     return (
         "Validation loss: in nats (per token, of language models) at the last step, mean and standard deviation over n "
         "seeds, at the best of the rates tried by that very mean; incomplete: some rates have fewer seeds yet, and are "
-        "left out of the choice; (edge): no rate was compared below or above. Accuracy: "
-        "of classes or, of language models, next tokens, in the same runs. Rates within 1 %: highest over lowest rate "
-        "around the best whose loss is at most 1 % above the best (≥: as far as was tried). Reference: the "
+        "left out of the choice; (edge): no rate was compared below or above. Scores such as the accuracy (of classes "
+        "or, of language models, next tokens) are of the same runs. Rates within 1 %: highest over lowest rate around "
+        "the best whose loss is at most 1 % above the best (≥: as far as was tried). Reference: the "
         f"loss at the end of {plan.reference} with its best rate and {plan.steps[0]} steps; in brackets its steps over "
         "the method's; each run decays its rate over its own budget. Seconds of training leave validations out; where "
         "several runs shared a device, they slowed each other down."
@@ -212,7 +212,9 @@ def peft_layout(result: Result) -> dict[str, Any]:
 
 def _flat(row: Row) -> dict[str, Any]:
     """A row's numbers without its nested parts; an infinite loss is None."""
-    values = {name: value for name, value in asdict(row).items() if name not in ("by_rate", "window")}
+    values = {name: value for name, value in asdict(row).items() if name not in ("by_rate", "window", "scores")}
+    for name, score in row.scores.items():
+        values |= {name: score and score.mean, f"{name}_spread": score and score.spread}
     window = asdict(row.window)
     return values | {"loss": _finite(row.loss)} | {f"window_{name}": value for name, value in window.items()}
 
@@ -228,10 +230,15 @@ def _number(value: float | None, factor: int = 1) -> str:
     return f"{factor * value:.0f}" if factor * value >= 100 else f"{factor * value:.3g}"
 
 
-def _percent(row: Row) -> str:
-    if row.accuracy is None:
+def _shown(name: str, score: Score | None) -> str:
+    """Accuracies in per cent, other scores as they are."""
+    if score is None:
         return ""
-    return f"{row.accuracy:.2%}" + ("" if row.accuracy_spread is None else f" ± {100 * row.accuracy_spread:.2f}")
+    percent = name == "accuracy"
+    mean = f"{score.mean:.2%}" if percent else f"{score.mean:.4f}"
+    return mean + (
+        "" if score.spread is None else f" ± {100 * score.spread:.2f}" if percent else f" ± {score.spread:.4f}"
+    )
 
 
 def _size(size: int | None) -> str:

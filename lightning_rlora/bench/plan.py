@@ -4,6 +4,8 @@ steps: 200                    # or a list of budgets; a method may name its own
 validate_every: 25
 seeds: [0, 1, 2]
 reference: lora               # the method whose tuned final loss the others are to reach
+scores: [accuracy]            # what else the tables show of what is logged as val/...
+mean_of_tasks: false          # whether there is a table of the mean over tasks, too
 variables: {data: data}       # `--set data=...` fills ${data} in; ${seed} is the run's seed
 common: {...}                 # a configuration of `rlora fit`, or a part of one
 tasks: {gsm8k: {...}}         # laid over it: the data
@@ -26,9 +28,22 @@ from typing import Any
 from lightning_rlora.errors import UserError
 from lightning_rlora.fragments import Config, as_config, fill, merge, read_mapping
 
+MEAN_OF_TASKS = "mean-of-tasks"
+"""Stands where a task's name would."""
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 _PLAN_KEYS = {
-    *("description", "sources", "variables", "steps", "validate_every", "seeds", "reference"),
+    *(
+        "description",
+        "sources",
+        "variables",
+        "steps",
+        "validate_every",
+        "seeds",
+        "reference",
+        "scores",
+        "mean_of_tasks",
+    ),
     *("common", "tasks", "methods"),
 }
 _METHOD_KEYS = {"overlay", "rates", "steps"}
@@ -85,6 +100,8 @@ class Plan:
         validate_every: Optimizer steps from one validation to the next.
         seeds: Of initialisation and dropout, and of the data's order where the plan uses `${seed}` there.
         reference: Method whose tuned final loss the others are to reach.
+        scores: What else validations measure and the tables show, by the names of its logs without `val/`.
+        mean_of_tasks: Whether tables and pictures of the mean over all tasks are wanted, too: one rate for all of them.
         common: Configuration of all runs.
         tasks: What each task changes in it.
         methods: What each method changes, after the task.
@@ -98,6 +115,8 @@ class Plan:
     validate_every: int
     seeds: tuple[int, ...]
     reference: str
+    scores: tuple[str, ...]
+    mean_of_tasks: bool
     common: Config
     tasks: dict[str, Config]
     methods: dict[str, Method]
@@ -182,10 +201,14 @@ def read_plan(path: Path, settings: Mapping[str, str] | None = None) -> Plan:
         validate_every=_whole(content.get("validate_every", 25), f"{path}: validate_every"),
         seeds=tuple(_whole(seed, f"{path}: seeds", least=0) for seed in _list(content["seeds"], f"{path}: seeds")),
         reference=str(content["reference"]),
+        scores=_scores(content.get("scores", ["accuracy"]), f"{path}: scores"),
+        mean_of_tasks=_truth(content.get("mean_of_tasks", False), f"{path}: mean_of_tasks"),
         common=_mapping(content, "common", path),
         tasks={name: as_config(task, f"{path}: task {name!r}") for name, task in tasks.items()},
         methods=methods,
     )
+    if MEAN_OF_TASKS in plan.tasks:
+        raise UserError(f"{path}: tasks: {MEAN_OF_TASKS!r} stands for the mean of all: give the task another name")
     if plan.reference not in methods:
         raise UserError(f"{path}: reference {plan.reference!r} is none of the methods: {', '.join(methods)}")
     if plan.steps[0] not in methods[plan.reference].steps:
@@ -248,6 +271,18 @@ def _list(value: Any, where: str) -> Sequence[Any]:
     if len(set(map(str, values))) < len(values):
         raise UserError(f"{where}: a value stands there twice")
     return values
+
+
+def _scores(value: Any, where: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise UserError(f"{where}: expected a list of names such as accuracy, not {value!r}")
+    return tuple(value)
+
+
+def _truth(value: Any, where: str) -> bool:
+    if not isinstance(value, bool):
+        raise UserError(f"{where}: expected true or false, not {value!r}")
+    return value
 
 
 def _steps(value: Any, where: str) -> tuple[int, ...]:

@@ -37,11 +37,14 @@ def figures(rows: Sequence[Row], results: Iterable[Result], plan: Plan) -> dict[
         for row in rows
     }
     styles = _styles(rows, plan)
-    return {
+    drawn = {
         "final_losses": final_losses(rows, groups, styles, plan),
         "curves": curves(rows, groups, styles, plan),
         "rates": rates(rows, groups, styles, plan),
     }
+    if any(score for row in rows for score in row.scores.values()):
+        drawn["scores"] = scores(rows, groups, styles, plan)
+    return drawn
 
 
 Key = tuple[str, int]
@@ -124,6 +127,22 @@ def curves(rows: Sequence[Row], groups: Groups, styles: Styles, plan: Plan) -> F
             fontsize=9,
             color="#444444",
         )
+    return figure
+
+
+def scores(rows: Sequence[Row], groups: Groups, styles: Styles, plan: Plan) -> Figure:
+    """Every score against steps, at the rate that the loss chose."""
+    names = [name for name in plan.scores if any(row.scores[name] for row in rows)]
+    figure = Figure(figsize=(1 + 6 * len(names), max(5.2, 0.27 * len(rows) + 1.6)), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        measured = [row for row in rows if row.scores[name]]
+        by_seed = {
+            _key(row): {r.seed: r.scores[name] for r in groups[_key(row)] if r.rate == row.rate} for row in measured
+        }
+        _draw_curves(axes, measured, by_seed, styles, plan)
+        axes.set_title(name.replace("_", " "), loc="left", fontsize=11)
+        label_ends(axes, [_label(row, plan) for row in measured])
+        _tidy(axes, grid="y")
     return figure
 
 

@@ -33,11 +33,17 @@ CAPTIONS = {
     "final_losses": "Final validation loss of each method at its best rate.",
     "curves": "Validation loss against optimizer steps at each method's best rate.",
     "rates": "Final validation loss against the learning rate, a panel for each method.",
+    "scores": "What else validations measured, against optimizer steps, at the rate that the loss chose.",
 }
 
 
 def write_report(
-    output: Path, plan: Plan, results: Sequence[Result], tables: dict[str, list[Row]], planned: int
+    output: Path,
+    plan: Plan,
+    results: Sequence[Result],
+    means: Sequence[Result],
+    tables: dict[str, list[Row]],
+    planned: int,
 ) -> None:
     """Write report.html and, for each task, its pictures as PNG files.
 
@@ -45,6 +51,7 @@ def write_report(
         output: Folder of the comparison.
         plan: Of the comparison.
         results: All that the plan asks for and that exist, failed ones too.
+        means: What `mean_of_tasks` made of them, if the plan asks for it.
         tables: Rows by task.
         planned: How many runs the plan asks for.
     """
@@ -56,7 +63,7 @@ def write_report(
             continue
         parts.append(_table(rows, plan))
         with rc_context({"svg.hashsalt": "rlora", "font.family": "DejaVu Sans"}):  # the same file for the same results
-            for name, figure in figures(rows, results, plan).items():
+            for name, figure in figures(rows, [*results, *means], plan).items():
                 png, svg = io.BytesIO(), io.BytesIO()
                 figure.savefig(png, format="png", dpi=140)
                 figure.savefig(svg, format="svg", metadata={"Date": None})

@@ -30,7 +30,7 @@ class Result:
         note: Why it diverged or failed, in one line.
         validation: Validation loss by step, from step 0 (before training) to the last.
         train: Training loss by step, of single batches.
-        accuracy: Validation accuracy by step, if the module measures one.
+        scores: What else was measured at validations, such as `accuracy`: by name, a value by step.
         cost: What `RunCost` measured; empty if the run did not come to its end.
         adapter: `bytes` of the exported adapter's weights, and its PEFT `config`.
         meta: When, with which versions, beside how many other runs, and how many seconds in all.
@@ -48,7 +48,7 @@ class Result:
     note: str = ""
     validation: Curve = field(default_factory=list)
     train: Curve = field(default_factory=list)
-    accuracy: Curve = field(default_factory=list)
+    scores: dict[str, Curve] = field(default_factory=dict)
     cost: dict[str, Any] = field(default_factory=dict)
     adapter: dict[str, Any] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)

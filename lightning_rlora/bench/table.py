@@ -6,10 +6,11 @@ import math
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any, NamedTuple
 
-from lightning_rlora.bench.plan import Plan
+from lightning_rlora.bench.plan import MEAN_OF_TASKS, Plan
 from lightning_rlora.bench.results import Curve, Result
 
 
@@ -35,6 +36,13 @@ class RateWindow:
         return self.high / self.low
 
 
+class Score(NamedTuple):
+    """Mean of a score at the end over seeds, and its standard deviation; None with a single seed."""
+
+    mean: float
+    spread: float | None
+
+
 @dataclass(frozen=True)
 class Row:
     """A method with a budget on a task, at its best rate.
@@ -48,8 +56,7 @@ class Row:
         edge: Whether none of these lies below, or none above: the best may lie outside.
         loss: That mean.
         spread: Standard deviation over seeds (n - 1 in the denominator); None with a single seed.
-        accuracy: Mean of the validation accuracies at the end, at the rate that the loss chose; None if not measured.
-        accuracy_spread: Their standard deviation over seeds; None with a single seed.
+        scores: The plan's scores at the end, by name, at the rate that the loss chose; None where not measured.
         seeds: How many seeds finished at the best rate.
         complete: Whether every rate of the plan has as many, or diverged.
         by_rate: Mean loss by rate, over the seeds that there are; infinite where a run diverged.
@@ -71,8 +78,7 @@ class Row:
     edge: bool
     loss: float
     spread: float | None
-    accuracy: float | None
-    accuracy_spread: float | None
+    scores: dict[str, Score | None]
     seeds: int
     complete: bool
     by_rate: dict[float, float]
@@ -102,19 +108,54 @@ def table(results: Iterable[Result], task: str, plan: Plan) -> list[Row]:
     reference = groups.get((plan.reference, plan.steps[0]))
     goal = min(comparable(reference).values()) if reference else math.inf
     rows = [
-        _row(group, goal if math.isfinite(goal) else None, plan.methods[method].rates)
+        _row(group, goal if math.isfinite(goal) else None, plan.methods[method].rates, plan.scores)
         for (method, _), group in groups.items()
     ]
     return sorted(rows, key=lambda row: (row.loss, row.method, row.steps))
 
 
-def _row(group: Sequence[Result], goal: float | None, planned: Sequence[float]) -> Row:
+def mean_of_tasks(results: Iterable[Result], plan: Plan) -> list[Result]:
+    """What the runs of one method, budget, rate and seed have in common over all tasks, as if it were one more task.
+
+    Curves and seconds are means over the tasks, memory is the most of any; a rate that diverged on one of them
+    diverged. Left out are runs that not every task has yet.
+    """
+    groups: dict[tuple[str, int, float, int], list[Result]] = defaultdict(list)
+    for result in results:
+        if result.status != "failed":
+            groups[result.method, result.steps, result.rate, result.seed].append(result)
+    means = []
+    for group in groups.values():
+        if len(group) == len(plan.tasks):
+            diverged = [result for result in group if result.status == "diverged"]
+            names = set.intersection(*(set(result.scores) for result in group))
+            mean = replace(
+                group[0],
+                task=MEAN_OF_TASKS,
+                status="diverged" if diverged else "finished",
+                note=diverged[0].note if diverged else "",
+                validation=mean_curve([result.validation for result in group]),
+                train=[],
+                scores={name: mean_curve([result.scores[name] for result in group]) for name in names},
+                cost=_mean_cost([result.cost for result in group]),
+            )
+            means.append(mean)
+    return means
+
+
+def _mean_cost(costs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    if not all(costs):
+        return {}
+    seconds = mean_curve([cost["seconds"] for cost in costs])
+    return {**costs[0], "seconds": seconds, "peak_memory": max(cost["peak_memory"] or 0 for cost in costs)}
+
+
+def _row(group: Sequence[Result], goal: float | None, planned: Sequence[float], names: Sequence[str]) -> Row:
     by_rate = mean_losses(group)
     compared = comparable(group)
     rate = best_rate(compared)
     best = [result for result in group if result.rate == rate]
     losses = [result.loss for result in best]
-    accuracies = [at_end for result in best if (at_end := dict(result.accuracy).get(result.steps)) is not None]
     curve = mean_curve([result.validation for result in best]) if math.isfinite(by_rate[rate]) else []
     reached = first_reach(curve, goal) if goal is not None else None
     seconds = mean_curve([_seconds(result) for result in best]) if curve else []
@@ -128,8 +169,7 @@ def _row(group: Sequence[Result], goal: float | None, planned: Sequence[float]) 
         edge=rate in (min(compared), max(compared)),
         loss=by_rate[rate],
         spread=statistics.stdev(losses) if len(losses) > 1 and curve else None,
-        accuracy=statistics.fmean(accuracies) if accuracies and curve else None,
-        accuracy_spread=statistics.stdev(accuracies) if len(accuracies) > 1 and curve else None,
+        scores={name: _score(best, name) if curve else None for name in names},
         seeds=len(best),
         complete=all(rate in compared for rate in planned),
         by_rate=by_rate,
@@ -143,6 +183,11 @@ def _row(group: Sequence[Result], goal: float | None, planned: Sequence[float]) 
         diverged=sum(result.status == "diverged" for result in group),
         runs=len(group),
     )
+
+
+def _score(best: Iterable[Result], name: str) -> Score | None:
+    values = [at_end for result in best if (at_end := dict(result.scores.get(name, [])).get(result.steps)) is not None]
+    return Score(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None) if values else None
 
 
 def mean_losses(group: Iterable[Result]) -> dict[float, float]:

@@ -111,7 +111,7 @@ def execute(job: Job, device: str, fit: Fit) -> tuple[Result, bool]:
         note=note,
         validation=_finite(validation),
         train=_finite(train),
-        accuracy=_finite(_curve(folder, "val/accuracy")),
+        scores={name: _finite(_curve(folder, f"val/{name}")) for name in _scores(folder)},
         cost=_read_json(folder / "cost.json"),
         adapter=_adapter(folder / "adapter"),
         meta={
@@ -181,6 +181,17 @@ def _curve(folder: Path, column: str) -> Curve:
         return []
     with path.open(encoding="utf-8", newline="") as file:
         return [(int(row["step"]), float(row[column])) for row in csv.DictReader(file) if row.get(column)]
+
+
+def _scores(folder: Path) -> list[str]:
+    """What validations measured, beside the loss and its exponential."""
+    path = folder / "metrics.csv"
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        columns = csv.DictReader(file).fieldnames or ()
+    names = (column.removeprefix("val/") for column in columns if column.startswith("val/"))
+    return [name for name in names if name not in ("loss", "perplexity")]
 
 
 def _finite(curve: Curve) -> Curve:

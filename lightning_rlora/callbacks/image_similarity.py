@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ class ImageSimilarity(Callback):
             default the prompts.
         seeds: One picture of each prompt for each.
         dino: Hub id or folder of a vision transformer whose class token describes a picture.
-        clip: Hub id or folder of a CLIP model.
+        clip: Hub id or folder of a CLIP model; None to leave the text similarity out.
         num_inference_steps: Steps of the sampler.
         guidance_scale: Strength of classifier-free guidance.
 
@@ -50,7 +51,7 @@ class ImageSimilarity(Callback):
         descriptions: list[str] | None = None,
         seeds: Sequence[int] = (0, 1, 2, 3),
         dino: str = "facebook/dino-vits16",
-        clip: str = "openai/clip-vit-large-patch14",
+        clip: str | None = "openai/clip-vit-large-patch14",
         num_inference_steps: int = 30,
         guidance_scale: float = 7.5,
     ) -> None:
@@ -65,7 +66,8 @@ class ImageSimilarity(Callback):
         self.guidance_scale = guidance_scale
         self._photos = _read_photos(Path(references))
         self._names = dino, clip
-        self._models: tuple[Any, Any, Any, Any] | None = None
+        self._dino: tuple[Any, Any] | None = None  # each with its processor
+        self._clip: tuple[Any, Any] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Load DINO and CLIP, before anything is trained.
@@ -78,15 +80,18 @@ class ImageSimilarity(Callback):
                 f"ImageSimilarity needs a module with a method sample(prompts, seeds), such as TextToImage, and not "
                 f"{type(pl_module).__name__}"
             )
-        if self._models is None:
+        if self._dino is None:
+            from transformers import AutoImageProcessor, AutoModel, CLIPModel, CLIPProcessor
+
+            dino, clip = self._names
             with isolate_rng():
-                self._models = _load(*self._names)
+                self._clip = _load(clip, CLIPModel, CLIPProcessor) if clip is not None else None
+                self._dino = _load(dino, AutoModel, AutoImageProcessor)
 
     @torch.no_grad()
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Sample, compare and log; in every process the same, so that all know the numbers."""
-        assert self._models is not None
-        dino, dino_processor, clip, clip_processor = self._models
+        assert self._dino is not None
         pictures: list[Image] = []
         with isolate_rng(), trainer.precision_plugin.forward_context():
             for prompt in self.prompts:
@@ -96,18 +101,14 @@ class ImageSimilarity(Callback):
                     num_inference_steps=self.num_inference_steps,
                     guidance_scale=self.guidance_scale,
                 )
-        device = pl_module.device
-        with torch.autocast(device.type, enabled=False):
-            for model in (dino, clip):
-                model.to(device)
-            subject = class_tokens(dino, dino_processor, self._photos)
-            alike = (class_tokens(dino, dino_processor, pictures) @ subject.mT).mean()
-            texts = [text for text in self.descriptions for _ in self.seeds]
-            fits = text_similarities(clip, clip_processor, pictures, texts).mean()
-            for model in (dino, clip):
-                model.to("cpu")  # the training needs the room
-        pl_module.log("val/image_similarity", alike)
-        pl_module.log("val/text_similarity", fits)
+        with torch.autocast(pl_module.device.type, enabled=False):
+            with _lent(self._dino, pl_module.device) as dino:
+                alike = class_tokens(*dino, pictures) @ class_tokens(*dino, self._photos).mT
+            pl_module.log("val/image_similarity", alike.mean())
+            if self._clip is not None:
+                texts = [text for text in self.descriptions for _ in self.seeds]
+                with _lent(self._clip, pl_module.device) as clip:
+                    pl_module.log("val/text_similarity", text_similarities(*clip, pictures, texts).mean())
 
 
 def class_tokens(model: Any, processor: Any, pictures: list[Image]) -> Tensor:
@@ -123,18 +124,21 @@ def text_similarities(model: Any, processor: Any, pictures: list[Image], texts: 
     return F.cosine_similarity(output.image_embeds, output.text_embeds)
 
 
-def _load(dino: str, clip: str) -> tuple[Any, Any, Any, Any]:
-    """Both models, in float32 and evaluation mode, each with its processor."""
-    from transformers import AutoImageProcessor, AutoModel, CLIPModel, CLIPProcessor
+@contextmanager
+def _lent(loaded: tuple[Any, Any], device: torch.device) -> Iterator[tuple[Any, Any]]:
+    """A model on the device for a while, with its processor; the training needs the room afterwards."""
+    loaded[0].to(device)
+    yield loaded
+    loaded[0].to("cpu")
 
-    loaded: list[Any] = []
-    for name, model, processor in ((dino, AutoModel, AutoImageProcessor), (clip, CLIPModel, CLIPProcessor)):
-        try:
-            loaded += [model.from_pretrained(name).eval(), processor.from_pretrained(name)]
-        except (OSError, ValueError, ImportError, KeyError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"ImageSimilarity cannot load {name!r}: {reason[:200]}") from error
-    return loaded[0], loaded[1], loaded[2], loaded[3]
+
+def _load(name: str, model: Any, processor: Any) -> tuple[Any, Any]:
+    """A model in float32 and evaluation mode, and its processor."""
+    try:
+        return model.from_pretrained(name).eval(), processor.from_pretrained(name)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"ImageSimilarity cannot load {name!r}: {reason[:200]}") from error
 
 
 def _read_photos(folder: Path) -> list[Image]:

@@ -47,7 +47,7 @@ def finished(run: Run, loss: float, seconds: float = 1.0) -> Result:
         "finished",
         validation=[(step, 5 + (loss - 5) * step / run.steps) for step in points],
         train=[(step, 5 + (loss - 5) * step / run.steps) for step in points if step],
-        accuracy=[(step, step / run.steps / (1 + run.seed)) for step in points],
+        scores={"accuracy": [(step, step / run.steps / (1 + run.seed)) for step in points]},
         cost={
             "device": "cpu",
             "seconds": [(step, seconds * step) for step in points if step],

@@ -114,10 +114,10 @@ def test_a_gradient_that_overflows_is_divergence(kind, tmp_path):
     assert "the gradient is not finite" in result.note
 
 
-def test_an_accuracy_that_is_no_number_is_left_out(tmp_path):
+def test_a_score_that_is_no_number_is_left_out(tmp_path):
     result, _ = executed(tmp_path, "Good")
     assert result.status == "finished"
-    assert result.accuracy == [(0, 0.5)]
+    assert result.scores == {"accuracy": [(0, 0.5)]}
 
 
 def test_a_worker_that_died_between_two_runs_is_replaced(tmp_path):

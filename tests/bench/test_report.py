@@ -33,7 +33,7 @@ def compared(tmp_path):
 def test_the_report_is_one_file_without_a_reference_to_another(compared):
     page = (compared / "report.html").read_text()
     sources = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"'>)]{0,40})""", page)
-    assert len(sources) == 3
+    assert len(sources) == 4
     for source in sources:
         assert source.startswith("data:image/svg+xml;base64,")
     pictures = [base64.b64decode(data).decode() for data in re.findall(r"base64,([^\"]+)", page)]
@@ -168,3 +168,17 @@ def test_many_methods_and_budgets_can_be_drawn(tmp_path):
         write_result(tmp_path, run, result)
     write_outputs(plan, tmp_path)
     assert "adamw | 8" in (tmp_path / "table.md").read_text()
+
+
+def test_the_mean_of_tasks_stands_before_them(tmp_path):
+    tasks = {"one": PLAN["tasks"]["words"], "two": PLAN["tasks"]["words"]}
+    plan = make_plan(tmp_path, tasks=tasks, mean_of_tasks=True)
+    for run in plan.runs():
+        write_result(tmp_path, run, finished(run, 1.0 if run.task == "one" else 2.0))
+    write_outputs(plan, tmp_path)
+    rows = json.loads((tmp_path / "table.json").read_text())
+    assert list(rows) == ["mean-of-tasks", "one", "two"]
+    assert [rows[task][0]["loss"] for task in rows] == [1.5, 1.0, 2.0]
+    assert rows["mean-of-tasks"][0]["accuracy"] == 0.75
+    assert all((tmp_path / f"{task}_scores.png").is_file() for task in rows)
+    assert "12 finished" in (tmp_path / "report.html").read_text()  # means are no runs

@@ -13,7 +13,16 @@ from plans import PLAN, finished, make_plan
 from lightning_rlora.bench.labels import spread_out
 from lightning_rlora.bench.outputs import cells, number_with_spread
 from lightning_rlora.bench.results import result_of
-from lightning_rlora.bench.table import best_rate, first_reach, interpolate, mean_curve, rate_window, table
+from lightning_rlora.bench.table import (
+    MEAN_OF_TASKS,
+    best_rate,
+    first_reach,
+    interpolate,
+    mean_curve,
+    mean_of_tasks,
+    rate_window,
+    table,
+)
 
 INF = math.inf
 
@@ -88,7 +97,7 @@ def test_a_row_tells_of_the_best_rate_over_seeds(tmp_path):
     assert (adamw.method, adamw.rate, adamw.seeds, adamw.runs, adamw.diverged) == ("adamw", 0.01, 2, 4, 0)
     assert adamw.loss == pytest.approx(2.1)
     assert adamw.spread == pytest.approx(statistics.stdev([2.0, 2.2]))
-    assert (adamw.accuracy, adamw.accuracy_spread) == pytest.approx((0.75, statistics.stdev([1.0, 0.5])))
+    assert adamw.scores["accuracy"] == pytest.approx((0.75, statistics.stdev([1.0, 0.5])))
     assert adamw.edge and sgd.edge
     assert adamw.by_rate == pytest.approx({0.01: 2.1, 0.1: 2.6})
     assert (adamw.steps_to_reference, adamw.seconds_to_reference) == (4, 6)  # the mean of 1 and 2 seconds a step
@@ -144,11 +153,30 @@ def test_a_goal_that_is_reached_at_the_start_is_reached(tmp_path):
     assert cells(sgd, adamw)["steps to reference"] == cells(adamw, adamw)["steps to reference"] == "0"
 
 
-def test_an_accuracy_that_was_no_number_at_the_end_is_none(tmp_path):
+def test_a_score_that_was_no_number_at_the_end_is_none(tmp_path):
     plan = make_plan(tmp_path)
     results = [finished(run, 2.0) for run in plan.runs() if run.method == "sgd"]
-    results = [replace(result, accuracy=result.accuracy[:-1]) for result in results]
-    assert table(results, "words", plan)[0].accuracy is None
+    results = [replace(result, scores={"accuracy": result.scores["accuracy"][:-1]}) for result in results]
+    assert table(results, "words", plan)[0].scores == {"accuracy": None}
+
+
+def test_the_mean_of_tasks_has_one_rate_for_all(tmp_path):
+    tasks = {"one": PLAN["tasks"]["words"], "two": PLAN["tasks"]["words"]}
+    plan = make_plan(tmp_path, tasks=tasks, mean_of_tasks=True)
+    loss = {("one", 0.01): 1.0, ("two", 0.01): 3.0, ("one", 0.1): 2.5, ("two", 0.1): 1.3}
+    results = [finished(run, loss[run.task, run.rate] + run.seed) for run in plan.runs() if run.method == "adamw"]
+    assert [table(results, task, plan)[0].rate for task in ("one", "two")] == [0.01, 0.1]
+    (row,) = table(mean_of_tasks(results, plan), MEAN_OF_TASKS, plan)
+    assert (row.rate, row.seeds, row.peak_memory) == (0.1, 2, 2**20)
+    assert row.loss == pytest.approx(1.9 + 0.5)
+    assert row.scores["accuracy"] == pytest.approx((0.75, statistics.stdev([1.0, 0.5])))
+    diverged = [
+        result_of(run, "diverged") if (run.task, run.rate, run.seed) == ("two", 0.1, 1) else result
+        for run, result in zip([run for run in plan.runs() if run.method == "adamw"], results, strict=True)
+    ]
+    (row,) = table(mean_of_tasks(diverged, plan), MEAN_OF_TASKS, plan)
+    assert (row.rate, row.diverged) == (0.01, 1)
+    assert mean_of_tasks(results[: len(results) // 4], plan) == []  # only one of the tasks yet
 
 
 def test_without_a_reference_or_with_nothing_but_divergence_there_is_still_a_table(tmp_path):

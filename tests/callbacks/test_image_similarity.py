@@ -108,6 +108,11 @@ def test_the_training_does_not_notice_and_checkpoints_hold_nothing_of_it(folder,
     assert all(torch.equal(x, y) for x, y in zip(plain.parameters(), compared.parameters(), strict=True))
 
 
+def test_without_clip_there_is_no_text_similarity(folder, tmp_path):
+    _, metrics = fit(folder, [similarity(folder, clip=None)], tmp_path)
+    assert "val/image_similarity" in metrics and "val/text_similarity" not in metrics
+
+
 def test_bad_input(folder, tmp_path):
     with pytest.raises(UserError, match="at least one prompt"):
         ImageSimilarity(str(folder / "photos"), [])
