@@ -9,7 +9,7 @@ mean_of_tasks: false          # whether there is a table of the mean over tasks,
 variables: {data: data}       # `--set data=...` fills ${data} in; ${seed} is the run's seed
 common: {...}                 # a configuration of `rlora fit`, or a part of one
 tasks: {gsm8k: {...}}         # laid over it: the data
-methods:                      # laid over that: adapter, optimizer, callbacks, in a file or inline
+methods:                      # laid over that: adapter, optimizer, callbacks, in a file or inline; callbacks add up
   lora: {overlay: lora.yaml, rates: [0.001, 0.003, 0.01]}
 """
 
@@ -148,9 +148,13 @@ class Plan:
 
     def _config(self, task: str, method: Method, rate: float, seed: int, steps: int) -> Config:
         where = f"task {task!r}, method {method.name!r}"
-        config = merge({}, merge(merge(self.common, self.tasks[task]), method.config))
+        parts = (self.common, self.tasks[task], method.config)
+        config = merge({}, merge(merge(*parts[:2]), parts[2]))
         trainer, model = (as_config(config.get(part), f"{where}: {part}") for part in ("trainer", "model"))
         trainer.pop("default_root_dir", None)  # of an overlay that also serves `rlora fit`
+        callbacks = [callback for part in parts for callback in _callbacks(part, where)]
+        if callbacks:
+            trainer["callbacks"] = callbacks
         accumulate = _whole(trainer.get("accumulate_grad_batches", 1), f"{where}: trainer.accumulate_grad_batches")
         as_config(model.get("init_args"), f"{where}: model.init_args")
         schedule = {
@@ -222,6 +226,11 @@ def read_plan(path: Path, settings: Mapping[str, str] | None = None) -> Plan:
                 " divide every budget"
             )
     return plan
+
+
+def _callbacks(part: Config, where: str) -> list[Any]:
+    callbacks = as_config(part.get("trainer"), f"{where}: trainer").get("callbacks") or []
+    return callbacks if isinstance(callbacks, list) else [callbacks]
 
 
 def _shown(value: str) -> str:

@@ -29,8 +29,9 @@ class ImageSimilarity(Callback):
     CLIP's embeddings of each picture and of its description. Sampling leaves the random state of the training as it is.
 
     Args:
-        references: Folder of photos of the subject.
         prompts: What to draw.
+        references: Folder of photos of the subject; by default those that the data train on, if they tell (as
+            DreamBoothData does).
         descriptions: What each prompt's pictures should show in words that CLIP knows, without the subject's token; by
             default the prompts.
         seeds: One picture of each prompt for each.
@@ -46,8 +47,8 @@ class ImageSimilarity(Callback):
 
     def __init__(
         self,
-        references: str,
         prompts: list[str],
+        references: str | None = None,
         descriptions: list[str] | None = None,
         seeds: Sequence[int] = (0, 1, 2, 3),
         dino: str = "facebook/dino-vits16",
@@ -64,7 +65,7 @@ class ImageSimilarity(Callback):
         self.seeds = list(seeds)
         self.num_inference_steps = num_inference_steps
         self.guidance_scale = guidance_scale
-        self._photos = _read_photos(Path(references))
+        self._photos = None if references is None else _read_photos(Path(references))
         self._names = dino, clip
         self._dino: tuple[Any, Any] | None = None  # each with its processor
         self._clip: tuple[Any, Any] | None = None
@@ -73,13 +74,18 @@ class ImageSimilarity(Callback):
         """Load DINO and CLIP, before anything is trained.
 
         Raises:
-            UserError: If one of them cannot be loaded, or the module cannot sample.
+            UserError: If one of them cannot be loaded, the module cannot sample, or no photos to compare with are known.
         """
         if not callable(getattr(pl_module, "sample", None)):
             raise UserError(
                 f"ImageSimilarity needs a module with a method sample(prompts, seeds), such as TextToImage, and not "
                 f"{type(pl_module).__name__}"
             )
+        if self._photos is None:
+            photos = getattr(trainer.datamodule, "photos", None)  # type: ignore[attr-defined]
+            if not callable(photos):
+                raise UserError("ImageSimilarity needs references: the data have no subject to compare with")
+            self._photos = photos()
         if self._dino is None:
             from transformers import AutoImageProcessor, AutoModel, CLIPModel, CLIPProcessor
 
@@ -91,7 +97,7 @@ class ImageSimilarity(Callback):
     @torch.no_grad()
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Sample, compare and log; in every process the same, so that all know the numbers."""
-        assert self._dino is not None
+        assert self._dino is not None and self._photos is not None
         pictures: list[Image] = []
         with isolate_rng(), trainer.precision_plugin.forward_context():
             for prompt in self.prompts:

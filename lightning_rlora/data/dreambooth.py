@@ -122,6 +122,10 @@ class DreamBoothData(ImageData):
         for name, opener in {photo.name: photo.open for known in stages for photo in self._subject(known)}.items():
             decode(name, opener)
 
+    def photos(self) -> list[Image.Image]:
+        """The photos of the subject that are trained on, upright and whole."""
+        return [decode(photo.name, photo.open) for photo in self._subject("train")]
+
     def _read(self, stage: str) -> Sequence[Picture]:
         photos = self._subject(stage)
         return photos + self._class() if stage == "train" else photos

@@ -114,6 +114,15 @@ def test_a_run_tells_of_the_variables_it_uses_and_of_no_place_on_this_machine(tm
     assert read_plan(path, settings).runs()[0].variables == {"base": "small", "data": "texts"}
 
 
+def test_the_callbacks_of_common_task_and_method_add_up(tmp_path):
+    def part(*names):
+        return {"trainer": {"callbacks": list(names)}}
+
+    methods = {"adamw": {"rates": [0.1], "overlay": PLAN["methods"]["adamw"]["overlay"] | part("C", "D")}}
+    plan = make_plan(tmp_path, common=PLAN["common"] | part("A"), tasks={"words": part("B")}, methods=methods)
+    assert plan.runs()[0].config["trainer"]["callbacks"] == ["A", "B", "C", "D"]
+
+
 @pytest.mark.parametrize("value", [None, 0, "many"])
 def test_accumulation_that_is_no_number_is_refused(value, tmp_path):
     plan = make_plan(tmp_path, common={"trainer": {"accumulate_grad_batches": value}})

@@ -19,7 +19,7 @@ from transformers import (
     ViTModel,
 )
 
-from lightning_rlora import ImageSimilarity, Riemannion, TextToImage, UserError
+from lightning_rlora import DreamBoothData, ImageSimilarity, Riemannion, TextToImage, UserError
 
 PROMPTS = ["a photo of sks dog", "a red cat"]
 DESCRIPTIONS = ["a photo of dog", "a red cat"]
@@ -51,7 +51,9 @@ def folder(tmp_path_factory):
 
 def similarity(folder, **options):
     settings = {"dino": str(folder / "dino"), "clip": str(folder / "clip"), "num_inference_steps": 2, "seeds": [3, 4]}
-    return ImageSimilarity(str(folder / "photos"), PROMPTS, DESCRIPTIONS, **settings | options)
+    return ImageSimilarity(
+        PROMPTS, **{"references": str(folder / "photos"), "descriptions": DESCRIPTIONS} | settings | options
+    )
 
 
 def fit(folder, callbacks, root):
@@ -113,20 +115,35 @@ def test_without_clip_there_is_no_text_similarity(folder, tmp_path):
     assert "val/image_similarity" in metrics and "val/text_similarity" not in metrics
 
 
+def test_the_data_tell_what_to_compare_with(folder, tmp_path):
+    """The same number as with the folder that the data read."""
+    found = []
+    for references in (None, str(folder / "photos")):
+        callback = similarity(folder, references=references, clip=None)
+        trainer = Trainer(accelerator="cpu", default_root_dir=tmp_path, logger=False, callbacks=[callback])
+        torch.manual_seed(0)
+        data = DreamBoothData(str(folder / "photos"), "dog", size=16, batch_size=2)
+        trainer.validate(TextToImage(str(folder / "pipeline"), {"r": 2}), data, verbose=False)
+        found.append(trainer.callback_metrics["val/image_similarity"])
+    assert found[0] == found[1]
+
+
 def test_bad_input(folder, tmp_path):
     with pytest.raises(UserError, match="at least one prompt"):
-        ImageSimilarity(str(folder / "photos"), [])
+        ImageSimilarity([])
     with pytest.raises(UserError, match="2 prompts and 1 descriptions"):
-        ImageSimilarity(str(folder / "photos"), PROMPTS, ["a dog"])
+        ImageSimilarity(PROMPTS, descriptions=["a dog"])
     with pytest.raises(UserError, match=r"nowhere is none"):
-        ImageSimilarity("nowhere", PROMPTS)
+        ImageSimilarity(PROMPTS, "nowhere")
     with pytest.raises(UserError, match="finds no photo in"):
-        ImageSimilarity(str(tmp_path), PROMPTS)
+        ImageSimilarity(PROMPTS, str(tmp_path))
     (tmp_path / "x.JPG").write_bytes(b"no photo")
     with pytest.raises(UserError, match=r"cannot read the photo .*x\.JPG"):
-        ImageSimilarity(str(tmp_path), PROMPTS)
+        ImageSimilarity(PROMPTS, str(tmp_path))
     with pytest.raises(UserError, match="cannot load 'nobody/nothing'"):
         fit(folder, [similarity(folder, clip="nobody/nothing")], tmp_path)
+    with pytest.raises(UserError, match="needs references"):
+        fit(folder, [similarity(folder, references=None)], tmp_path)
     trainer = Trainer(accelerator="cpu", default_root_dir=tmp_path, logger=False, callbacks=[similarity(folder)])
     with pytest.raises(UserError, match="such as TextToImage, and not ToyModule"):
         trainer.fit(ToyModule(), datamodule=ToyData())
