@@ -29,9 +29,8 @@ class ImageSimilarity(Callback):
     CLIP's embeddings of each picture and of its description. Sampling leaves the random state of the training as it is.
 
     Args:
-        prompts: What to draw.
-        references: Folder of photos of the subject; by default those that the data train on, if they tell (as
-            DreamBoothData does).
+        prompts: What to draw; by default what DreamBoothData says of its photos.
+        references: Folder of photos of the subject; by default those of DreamBoothData.
         descriptions: What each prompt's pictures should show in words that CLIP knows, without the subject's token; by
             default the prompts.
         seeds: One picture of each prompt for each.
@@ -47,7 +46,7 @@ class ImageSimilarity(Callback):
 
     def __init__(
         self,
-        prompts: list[str],
+        prompts: list[str] | None = None,
         references: str | None = None,
         descriptions: list[str] | None = None,
         seeds: Sequence[int] = (0, 1, 2, 3),
@@ -56,12 +55,12 @@ class ImageSimilarity(Callback):
         num_inference_steps: int = 30,
         guidance_scale: float = 7.5,
     ) -> None:
-        if not prompts or not seeds:
+        if prompts == [] or not seeds:
             raise UserError("ImageSimilarity needs at least one prompt and one seed")
-        if descriptions is not None and len(descriptions) != len(prompts):
-            raise UserError(f"ImageSimilarity has {len(prompts)} prompts and {len(descriptions)} descriptions")
-        self.prompts = list(prompts)
-        self.descriptions = list(descriptions or prompts)
+        if descriptions is not None and len(descriptions) != len(prompts or []):
+            raise UserError(f"ImageSimilarity has {len(prompts or [])} prompts and {len(descriptions)} descriptions")
+        self.prompts = prompts
+        self.descriptions = descriptions
         self.seeds = list(seeds)
         self.num_inference_steps = num_inference_steps
         self.guidance_scale = guidance_scale
@@ -74,18 +73,19 @@ class ImageSimilarity(Callback):
         """Load DINO and CLIP, before anything is trained.
 
         Raises:
-            UserError: If one of them cannot be loaded, the module cannot sample, or no photos to compare with are known.
+            UserError: If one of them cannot be loaded, the module cannot sample, or no photos are known.
         """
         if not callable(getattr(pl_module, "sample", None)):
             raise UserError(
                 f"ImageSimilarity needs a module with a method sample(prompts, seeds), such as TextToImage, and not "
                 f"{type(pl_module).__name__}"
             )
-        if self._photos is None:
-            photos = getattr(trainer.datamodule, "photos", None)  # type: ignore[attr-defined]
-            if not callable(photos):
-                raise UserError("ImageSimilarity needs references: the data have no subject to compare with")
-            self._photos = photos()
+        if self.prompts is None or self._photos is None:
+            data: Any = trainer.datamodule  # type: ignore[attr-defined]
+            if not callable(getattr(data, "photos", None)):
+                raise UserError("ImageSimilarity needs prompts and references: only DreamBoothData tells of a subject")
+            self.prompts = self.prompts or data.prompts
+            self._photos = self._photos or data.photos()
         if self._dino is None:
             from transformers import AutoImageProcessor, AutoModel, CLIPModel, CLIPProcessor
 
@@ -97,7 +97,7 @@ class ImageSimilarity(Callback):
     @torch.no_grad()
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Sample, compare and log; in every process the same, so that all know the numbers."""
-        assert self._dino is not None and self._photos is not None
+        assert self._dino is not None and self._photos is not None and self.prompts is not None
         pictures: list[Image] = []
         with isolate_rng(), trainer.precision_plugin.forward_context():
             for prompt in self.prompts:
@@ -112,7 +112,7 @@ class ImageSimilarity(Callback):
                 alike = class_tokens(*dino, pictures) @ class_tokens(*dino, self._photos).mT
             pl_module.log("val/image_similarity", alike.mean())
             if self._clip is not None:
-                texts = [text for text in self.descriptions for _ in self.seeds]
+                texts = [text for text in self.descriptions or self.prompts for _ in self.seeds]
                 with _lent(self._clip, pl_module.device) as clip:
                     pl_module.log("val/text_similarity", text_similarities(*clip, pictures, texts).mean())
 

@@ -142,7 +142,7 @@ def test_bad_input(folder, tmp_path):
         ImageSimilarity(PROMPTS, str(tmp_path))
     with pytest.raises(UserError, match="cannot load 'nobody/nothing'"):
         fit(folder, [similarity(folder, clip="nobody/nothing")], tmp_path)
-    with pytest.raises(UserError, match="needs references"):
+    with pytest.raises(UserError, match="needs prompts and references"):
         fit(folder, [similarity(folder, references=None)], tmp_path)
     trainer = Trainer(accelerator="cpu", default_root_dir=tmp_path, logger=False, callbacks=[similarity(folder)])
     with pytest.raises(UserError, match="such as TextToImage, and not ToyModule"):
