@@ -11,7 +11,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.plugins import FSDPPrecision, Precision
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.plugins import FSDPPrecision, HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy, StrategyRegistry
 from torch import nn
 from torch.optim import Optimizer
@@ -45,7 +46,10 @@ class WholeAdapters(Strategy):
         take_first(self.lightning_module_state_dict().values())
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
-        """A step with the mean of all processes' gradients, which is formed after the last backward pass before it."""
+        """A step with the mean of all processes' gradients, which is formed after the last backward pass before it.
+
+        A scaler of 16-mixed looks at the mean: one process's overflow makes all of them leave the step out.
+        """
 
         def averaged() -> Any:
             result = closure()
@@ -59,7 +63,8 @@ class FSDP2Strategy(WholeAdapters, ModelParallelStrategy):
     """FSDP2 for adapted models: the frozen base is sharded over all processes, block by block.
 
     Modules of this package shard themselves; one of your own calls `shard_base(self, self.trainer.strategy.mesh)` in
-    its `configure_model`.
+    its `configure_model`. Precision 16-mixed wants the strategy by its name, `fsdp2`: Lightning refuses it to
+    every instance of its own class, of which this is a subclass.
 
     Args:
         process_group_backend: nccl or gloo; by default what suits the device.
@@ -88,16 +93,6 @@ class FSDP2Strategy(WholeAdapters, ModelParallelStrategy):
         self.start_alike()
 
 
-class WholePrecision(FSDPPrecision):
-    """Precision as under DDP: weights keep their dtype, and norms of gradients are right, since these are whole."""
-
-    clip_grad_by_norm = Precision.clip_grad_by_norm
-
-    def convert_module(self, module: nn.Module) -> nn.Module:
-        """Cast for bf16-true and 16-true only."""
-        return module if self.precision == "32-true" else super().convert_module(module)
-
-
 class FSDP1Strategy(WholeAdapters, FSDPStrategy):
     """FSDP1 for adapted models: the frozen base is sharded over all processes, block by block.
 
@@ -112,15 +107,23 @@ class FSDP1Strategy(WholeAdapters, FSDPStrategy):
     def __init__(self, process_group_backend: str | None = None, timeout: timedelta = timedelta(minutes=30)) -> None:
         super().__init__(process_group_backend=process_group_backend, timeout=timeout)
 
-    @property
-    def precision_plugin(self) -> FSDPPrecision:
-        """What Lightning would take, without what it does to sharded parameters."""
-        return super().precision_plugin
+    @property  # type: ignore[override]
+    def precision_plugin(self) -> Precision:
+        """The same as under DDP: weights keep their dtype; norms and overflows are those of whole gradients."""
+        return self._precision_plugin or Precision()
 
     @precision_plugin.setter
     def precision_plugin(self, plugin: Precision | None) -> None:
-        precision: Any = plugin.precision if plugin is not None else "32-true"
-        self._precision_plugin = WholePrecision(precision)
+        # Lightning's own choice for FSDP is for sharded gradients, and one of a user's is left as it is
+        self._precision_plugin = self._unsharded(plugin) if isinstance(plugin, FSDPPrecision) else plugin
+
+    def _unsharded(self, plugin: FSDPPrecision) -> Precision:
+        precision: Any = plugin.precision
+        if precision == "32-true":
+            return Precision()
+        if precision in ("16-true", "bf16-true"):
+            return HalfPrecision(precision)
+        return MixedPrecision(precision, "cpu" if isinstance(self.accelerator, CPUAccelerator) else "cuda")
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
         wrap_base(model, device_id=self.root_device)

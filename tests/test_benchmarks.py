@@ -20,6 +20,7 @@ import bench
 import contestant
 import growth
 import llama
+import many_gpus
 import memory
 import step_time
 import train_step
@@ -170,3 +171,24 @@ def test_benchmarks_need_no_more_than_torch_transformers_and_peft():
     code = f"{missing}; sys.path.insert(0, {str(folder)!r}); import step_time, train_step; step_time.main(['--help'])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0 and "--growth" in result.stdout, result.stderr
+
+
+def test_several_gpus_are_compared_by_what_did_not_fail(tmp_path, capsys, monkeypatch):
+    process = {"step_ms": 100.0, "optimizer_ms": 1.0, "sent": {"allreduce": 2**20}, "peak": 2**30, "trained": 7}
+    asked = []
+
+    def measure(strategy, devices, optimizer, base, more):
+        asked.append(more)
+        if strategy == "fsdp2":
+            raise subprocess.CalledProcessError(1, "torchrun")
+        return [process | {"step_ms": 80.0 * devices**0.5}] * devices
+
+    monkeypatch.setattr(many_gpus, "measure", measure)
+    monkeypatch.setattr(many_gpus, "write_model", lambda *_: None)
+    with pytest.raises(SystemExit, match="Riemannion, fsdp2"):
+        many_gpus.main(["--devices", "4", "--no-gradient-checkpointing", "--out", str(tmp_path / "out.json")])
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert written["runs"].keys() == {f"Riemannion, {name}" for name in ("one", "ddp", "fsdp1")}
+    assert written["failed"] == ["Riemannion, fsdp2"]
+    assert "| Riemannion, ddp | 4 | 160 | 0.5 | 1 | 0.625 | 1024 | allreduce 1 |" in capsys.readouterr().out
+    assert all("--gradient-checkpointing" not in more for more in asked)

@@ -4,9 +4,10 @@
 
 Every process takes batches of the same size, so that a perfect strategy takes as long as one GPU does. The optimizer's
 part is what lies between the gradients' mean and the end of the step. Bytes are those that one process gives to
-collectives: all that is sent for the adapter is its gradients, once a step.
+collectives: all that is sent for the adapter is its gradients, once a step. A run that fails is named at the end.
 """
 
+import argparse
 import json
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import DEVICE, MIB, header, parser, show, write
+from bench import DEVICE, MIB, ON_GPU, header, parser, show, write
 from llama import llama_3_8b
 from parallel_step import OPTIMIZERS
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -57,39 +58,48 @@ def measure(strategy: str, devices: int, optimizer: str, base: Path, more: Seque
 def main(argv: Sequence[str] | None = None) -> None:
     made = parser(__doc__)
     made.add_argument("--devices", type=int, default=2)
-    made.add_argument("--strategies", nargs="+", default=["ddp", "fsdp2", "fsdp"])
+    made.add_argument("--strategies", nargs="+", default=["ddp", "fsdp2", "fsdp1"])
     made.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=["Riemannion"])
     made.add_argument("--rank", default="16")
     made.add_argument("--batch", default="8")
-    made.add_argument("--length", default="512")
+    made.add_argument("--length", default="2048" if ON_GPU else "64")
+    made.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=True)
     made.add_argument("--quantization")
     made.add_argument("--folder", type=Path, help="keep the model here, and take it from here the next time")
     args = made.parse_args(argv)
     head = header(argv)
     more = ["--rank", args.rank, "--batch", args.batch, "--length", args.length]
     more += ["--quantization", args.quantization] if args.quantization else []
+    more += ["--gradient-checkpointing"] if args.gradient_checkpointing else []
     runs: dict[str, Any] = {}
+    failed: list[str] = []
     with tempfile.TemporaryDirectory() as temporary:
         base = args.folder or Path(temporary) / "model"
         if not (base / "config.json").exists():
             write_model(base, args.layers, args.shrink)
         for optimizer in args.optimizers:
             for strategy, devices in [("auto", 1), *((strategy, args.devices) for strategy in args.strategies)]:
-                runs[f"{optimizer}, {'one' if devices == 1 else strategy}"] = measure(
-                    strategy, devices, optimizer, base, more
-                )
+                name = f"{optimizer}, {'one' if strategy == 'auto' else strategy}"
+                try:
+                    runs[name] = measure(strategy, devices, optimizer, base, more)
+                except subprocess.CalledProcessError:
+                    failed.append(name)
     rows = []
     for name, processes in runs.items():
-        alone = runs[f"{name.split(',')[0]}, one"][0]["step_ms"]
+        alone = runs.get(f"{name.split(',')[0]}, one")
         step = max(process["step_ms"] for process in processes)
         share = max(process["optimizer_ms"] for process in processes)
         peak = max(process["peak"] or 0 for process in processes)
         sent = ", ".join(f"{kind} {count / MIB:,.0f}" for kind, count in processes[0]["sent"].items())
-        rows.append([name, len(processes), step, alone / step, share, 100 * share / step, peak / MIB, sent])
+        scaling = alone[0]["step_ms"] / step if alone else None
+        rows.append([name, len(processes), step, scaling, share, 100 * share / step, peak / MIB, sent])
     columns = ["run", "GPUs", "step, ms", "scaling", "optimizer, ms", "of the step, %", "peak of a GPU, MiB"]
     show([*columns, "given to collectives in a step, MiB"], rows)
-    print(f"trained: {next(iter(runs.values()))[0]['trained']:,} numbers\n")
-    write(args.out, head, options={k: str(v) for k, v in vars(args).items()}, runs=runs)
+    for trained in {processes[0]["trained"] for processes in runs.values()}:
+        print(f"trained: {trained:,} numbers\n")
+    write(args.out, head, options={k: str(v) for k, v in vars(args).items()}, runs=runs, failed=failed)
+    if failed:
+        sys.exit(f"failed, see above: {'; '.join(failed)}")
 
 
 if __name__ == "__main__":

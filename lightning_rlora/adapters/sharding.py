@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 from peft import PeftModel
@@ -47,9 +48,23 @@ def shard_base(module: nn.Module, mesh: DeviceMesh) -> None:
     if is_sharded(module):
         return
     base, whole = _base_and_whole(module)
-    for part in [*blocks(base), base]:
-        # Weights that are adapted may be shifted between two passes, so none may be left gathered, not the root's.
-        fully_shard(part, mesh=mesh, ignored_params=whole, reshard_after_forward=True)
+    units = blocks(base)
+    for unit in units:
+        fully_shard(unit, mesh=mesh, ignored_params=whole, reshard_after_forward=True)
+    # What is left, embeddings and head, ends the forward pass and begins the backward pass: it stays gathered between
+    # them. Not where some of it is adapted, since weights that are adapted may be shifted between two passes.
+    adapted_outside = bool(whole.difference(*(unit.parameters() for unit in units)))
+    fully_shard(base, mesh=mesh, ignored_params=whole, reshard_after_forward=adapted_outside)
+    _gather_ahead(base)
+
+
+def _gather_ahead(base: nn.Module) -> None:
+    """Let each block ask for the next one's weights before it computes; FSDP2 asks when the host reaches the next."""
+    for stack in base.modules():
+        if isinstance(stack, nn.ModuleList):
+            for block, following in pairwise(stack):
+                if isinstance(block, FSDPModule) and isinstance(following, FSDPModule):
+                    block.set_modules_to_forward_prefetch([following])
 
 
 def wrap_base(module: nn.Module, **options: Any) -> None:

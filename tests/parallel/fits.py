@@ -20,7 +20,7 @@ from lightning_rlora.callbacks import LocallyOptimalInit
 from lightning_rlora.callbacks.atomic_checkpoint_io import AtomicCheckpointIO
 from lightning_rlora.modules import AdaptedModel
 from lightning_rlora.optim import RiemannianSGD, Riemannion
-from lightning_rlora.strategies import FSDP1Strategy, FSDP2Strategy
+from lightning_rlora.strategies import FSDP1Strategy
 
 GLOBAL_BATCH = 6
 OPTIMIZERS = {
@@ -33,7 +33,7 @@ STRATEGIES = {
     "one": lambda: "auto",
     "ddp": lambda: DDPStrategy(),
     "fsdp1": lambda: FSDP1Strategy(),
-    "fsdp2": lambda: FSDP2Strategy(),
+    "fsdp2": lambda: "fsdp2",  # by name, as 16-mixed wants it
 }
 
 
@@ -117,6 +117,7 @@ def fit(
     accumulate: int = 1,
     clip: float | None = None,
     precision: str | None = None,
+    plugins: tuple[Any, ...] = (),
     resume: Path | None = None,
     save: Path | None = None,
     callbacks: tuple[pl.Callback, ...] = (),
@@ -134,7 +135,7 @@ def fit(
         devices=count,
         strategy=STRATEGIES[strategy](),
         precision=precision,
-        plugins=[AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO(), *plugins],
         max_steps=steps,
         max_epochs=-1,
         accumulate_grad_batches=accumulate,

@@ -11,11 +11,11 @@ from on_gpus import CASES
 
 pytestmark = [pytest.mark.gpu, pytest.mark.multigpu]
 SCRIPT = Path(__file__).with_name("on_gpus.py")
-# to be replaced by measured ones; mixed precision is compared by its replicas only
+# FSDP2 on two H200s measured 1.7e-7, 1e-16 and 3.9e-15; mixed precision is compared by its replicas only
 TOLERANCE = {
-    "Riemannion in float32": 1e-3,
-    "AdamW, clipped": 1e-9,
-    "Riemannion with LOI, accumulated and clipped": 1e-9,
+    "Riemannion in float32": 1e-5,
+    "AdamW, clipped": 1e-12,
+    "Riemannion with LOI, accumulated and clipped": 1e-12,
 }
 
 

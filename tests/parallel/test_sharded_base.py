@@ -7,17 +7,21 @@ import torch
 from fits import STRATEGIES, TinyLM, distance, fit, identical
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
+from peft import LoraConfig, get_peft_model
 from processes import launch
 from safetensors.torch import load_file
 from torch import distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from lightning_rlora.adapters import PiSSA, find_pairs, shard_base
+from lightning_rlora.adapters import PiSSA, find_pairs, shard_base, track_offsets
+from lightning_rlora.adapters.offset import get_offset
 from lightning_rlora.callbacks import AdapterExport, AdapterInit, AdapterOnlyCheckpoint, SpectrumMonitor
 from lightning_rlora.errors import UserError
 from lightning_rlora.optim import Riemannion
 
+NO_DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
 STRATEGIES["fsdp2 of Lightning"] = lambda: ModelParallelStrategy(process_group_backend="gloo")
 
 
@@ -85,6 +89,45 @@ def test_a_half_precision_base_with_float32_adapters_is_trained_as_under_ddp(tmp
         assert identical(ddp, other)
         assert all(torch.equal(x, y) for x, y in zip(ddp["bases"], other["bases"], strict=True))
         assert {p.dtype for p in other["trained"]} == {torch.float32} and other["bases"][0].dtype == torch.bfloat16
+
+
+def shifted_between_passes(targets, checkpointing):
+    """Losses and gradients of a model before and after its base is shifted, whole and sharded; what stays gathered."""
+    distributed.init_process_group("gloo")
+    found = []
+    for sharded in (False, True):
+        torch.manual_seed(0)
+        config = GPT2Config(vocab_size=40, n_embd=16, n_layer=4, n_head=2, tie_word_embeddings=False, **NO_DROPOUT)
+        lm = GPT2LMHeadModel(config)
+        model = get_peft_model(lm, LoraConfig(r=2, target_modules=targets, init_lora_weights=False)).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        pairs = find_pairs(model)
+        track_offsets(pairs)
+        if sharded:
+            shard_base(model, DeviceMesh("cpu", [0, 1]))
+        ids = torch.arange(12).view(2, 6)
+        with torch.no_grad():
+            losses = [model(input_ids=ids, labels=ids).loss]
+        head = lm.lm_head
+        gathered = not isinstance(getattr(head, "base_layer", head).weight, DTensor)
+        for pair in pairs:
+            get_offset(pair).subtract(9 * pair.b, pair.a)
+        for _ in range(2):
+            losses.append(model(input_ids=ids, labels=ids).loss)
+            losses[-1].backward()
+        found.append((torch.stack(losses).detach(), [pair.b.grad for pair in pairs], gathered))
+    return found
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("targets", [["c_attn", "c_fc"], ["c_attn", "lm_head"]])
+def test_the_root_stays_gathered_unless_it_is_adapted(targets, checkpointing, tmp_path):
+    for whole, sharded in launch(2, shifted_between_passes, targets, checkpointing, folder=tmp_path):
+        assert torch.allclose(whole[0], sharded[0], rtol=1e-6)
+        assert abs(whole[0][1] - whole[0][0]) > 1e-4  # the shift is seen
+        assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip(whole[1], sharded[1], strict=True))
+        assert sharded[2] == ("lm_head" not in targets)
 
 
 def with_callbacks(strategy, count, folder):
