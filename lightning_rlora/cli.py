@@ -108,7 +108,7 @@ def _add_compare(command: argparse.ArgumentParser) -> None:
 
 def _compare(args: argparse.Namespace) -> None:
     from lightning_rlora.bench.compare import run_plan, visible_devices, write_outputs
-    from lightning_rlora.bench.plan import read_plan
+    from lightning_rlora.bench.plan_file import read_plan
 
     for setting in args.settings:
         if "=" not in setting:

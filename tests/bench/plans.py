@@ -5,7 +5,8 @@ from pathlib import Path
 
 import yaml
 
-from lightning_rlora.bench.plan import Plan, Run, read_plan
+from lightning_rlora.bench.plan import Plan, Run
+from lightning_rlora.bench.plan_file import read_plan
 from lightning_rlora.bench.results import Result, result_of
 
 PLAN = {

@@ -16,7 +16,7 @@ from plans import make_plan
 
 import lightning_rlora.trainer_cli  # noqa: F401  - its loggers must not take hold of one test's captured stream
 from lightning_rlora.bench.compare import write_outputs
-from lightning_rlora.bench.plan import read_plan
+from lightning_rlora.bench.plan_file import read_plan
 from lightning_rlora.bench.worker import Job, execute
 from lightning_rlora.cli import _fit, _set_environment, main
 

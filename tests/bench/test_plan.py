@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plans import PLAN, make_plan, write_plan
 
-from lightning_rlora.bench.plan import read_plan
+from lightning_rlora.bench.plan_file import read_plan
 from lightning_rlora.errors import UserError
 from lightning_rlora.fragments import merge
 

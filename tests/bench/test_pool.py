@@ -8,7 +8,7 @@ from fake_fits import fake_fit
 from plans import finished, make_plan, write_plan
 
 from lightning_rlora.bench.compare import run_plan, write_outputs
-from lightning_rlora.bench.plan import read_plan
+from lightning_rlora.bench.plan_file import read_plan
 from lightning_rlora.bench.pool import _Worker
 from lightning_rlora.bench.results import read_result, write_result
 from lightning_rlora.bench.worker import Job, execute
