@@ -63,6 +63,5 @@ def test_an_adapter_makes_the_same_images_in_a_stock_process(tmp_path):
     base = StableDiffusionPipeline.from_pretrained(FOLDER)
     base.set_progress_bar_config(disable=True)
     plain = base([PROMPT], generator=torch.Generator().manual_seed(SEEDS[0]), **options).images
-    print("difference", np.abs(stock - ours).max(), np.abs(ours[:1] - plain).max())
     assert np.abs(ours[:1] - plain).max() > 0.1
-    assert np.abs(stock - ours).max() < 1e-3
+    assert np.abs(stock - ours).max() < 1e-3  # measured 3e-6
