@@ -91,7 +91,8 @@ def adapt(model: nn.Module, config: PeftConfig) -> PeftModel:
                 f"init_lora_weights={start!r} runs when training starts, so that checkpoints can follow it: leave it "
                 f"out, and add the callback AdapterInit with start {wanted}"
             )
-    layers = sorted({name.rpartition(".")[2] for name, layer in model.named_modules() if isinstance(layer, nn.Linear)})
+    last = [name.rpartition(".")[2] for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+    layers = sorted({name for name in last if not name.isdigit()})
     try:
         adapted = get_peft_model(model, config)
     except (ValueError, TypeError, re.error) as error:
