@@ -1,6 +1,7 @@
 """Writing files as a whole."""
 
 import os
+import warnings
 from pathlib import Path
 
 
@@ -22,3 +23,11 @@ def write_atomically(path: Path, content: bytes) -> None:
             error.filename = str(path)
         partial.unlink(missing_ok=True)
         raise
+
+
+def write_plot(path: Path, content: bytes) -> None:
+    """Replace a plot as a whole, or warn if it cannot be written: it shows only what a table holds."""
+    try:
+        write_atomically(path, content)
+    except OSError as error:
+        warnings.warn(f"the plot {path} could not be written: {error.strerror or error}", stacklevel=2)

@@ -153,6 +153,8 @@ class RloraCLI(LightningCLI):
         checkpoint = self._get(self.config_init, "checkpoint")
         if checkpoint.dirpath is None:
             checkpoint.dirpath = str(Path(config["default_root_dir"]).absolute() / "checkpoints")
+        if config.get("fast_dev_run"):
+            checkpoint.save_last = False  # Lightning leaves out every checkpoint of a trial run but this one
         plugins = config.get("plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         if config.get("strategy") == "fsdp":

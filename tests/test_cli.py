@@ -342,6 +342,28 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(folder, monkeypatch, capsy
     assert not list(Path("run/checkpoints").glob(".*"))
 
 
+def test_plots_without_room_cost_no_checkpoint_and_no_adapter(folder, monkeypatch):
+    write = Path.write_bytes
+
+    def full_for_plots(self, content):
+        if ".png" in self.name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(self, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full_for_plots)
+    with pytest.warns(UserWarning, match=r"the plot run/.*\.png could not be written: No space left") as warned:
+        main([*FIT, "--trainer.max_steps", "3", "--trainer.log_every_n_steps", "1"])
+    texts = [str(warning.message) for warning in warned]
+    assert all(any(name in text for text in texts) for name in ("loss.png", "spectrum.png"))
+    assert torch.load("run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 3
+    assert Path("run/adapter/adapter_model.safetensors").is_file()
+
+
+def test_a_trial_run_leaves_nothing(folder):
+    main([*FIT, "--trainer.fast_dev_run", "1"])
+    assert not Path("run").exists()
+
+
 def test_a_read_only_folder_is_named(folder, monkeypatch, capsys):
     def refuse(self, *args, **kwargs):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))

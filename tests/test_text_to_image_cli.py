@@ -59,7 +59,8 @@ def test_a_killed_run_resumes_to_the_same_bits(run, tmp_path):
     for whole, resumed in zip(result(folder), result(tmp_path), strict=True):
         assert same(whole, resumed)
     pictures = {path.name: path.read_bytes() for path in (folder / "samples").iterdir()}
-    assert sorted(pictures) == [f"step={step:06d}.png" for step in (0, 2, 4, 5)]
+    steps = [f"step={step:06d}.png" for step in (0, 2, 4, 5)]
+    assert sorted(pictures) == ["before_after.png", *steps, "trained_on.png"]
     assert pictures == {path.name: path.read_bytes() for path in (tmp_path / "samples").iterdir()}
 
 

@@ -81,8 +81,8 @@ def adapt(model: nn.Module, config: PeftConfig) -> PeftModel:
     """A new adapter on a pretrained model, with its factors in float32 and the base frozen.
 
     Raises:
-        UserError: If PEFT refuses, for unknown target modules or a rank of zero, say; or if the configuration asks for
-            a start that changes the base or needs data.
+        UserError: If PEFT refuses, for unknown target modules or a rank of zero, say; if the base has nothing of what
+            is to be trained as a whole; or if the configuration asks for a start that changes the base or needs data.
     """
     start = getattr(config, "init_lora_weights", None)
     for name, wanted in _STARTS.items():
@@ -91,10 +91,19 @@ def adapt(model: nn.Module, config: PeftConfig) -> PeftModel:
                 f"init_lora_weights={start!r} runs when training starts, so that checkpoints can follow it: leave it "
                 f"out, and add the callback AdapterInit with start {wanted}"
             )
+    last = [name.rpartition(".")[2] for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+    layers = sorted({name for name in last if not name.isdigit()})
     try:
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
     except (ValueError, TypeError, re.error) as error:
         raise UserError(f"the adapter does not fit the base model: {_one_line(error)}") from error
+    whole = getattr(config, "modules_to_save", None)
+    if whole and not any(isinstance(module, ModulesToSaveWrapper) for module in adapted.modules()):
+        raise UserError(
+            f"modules_to_save names {', '.join(whole)}, and the base model has none of them: its linear layers are "
+            f"called {', '.join(layers)}"
+        )
+    return adapted
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> PeftModel:

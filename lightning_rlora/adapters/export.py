@@ -1,5 +1,6 @@
 """Taking an adapter out: PEFT's format for the pristine base, image tools' for a UNet, or merged into its base."""
 
+import glob
 import re
 import shutil
 import tempfile
@@ -175,7 +176,8 @@ def _write(folder: Path, write: Callable[[Path], None]) -> None:
         raise UserError(f"{folder} holds something that is not an adapter: choose an empty or a new folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     # what is new, and in it, while the two change places, what was there before
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    prefix = f".{folder.name}.partial-"
+    partial = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
     try:
         new, old = partial / "new", partial / "old"
         write(new)
@@ -189,6 +191,8 @@ def _write(folder: Path, write: Callable[[Path], None]) -> None:
             raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    for left in folder.parent.glob(f"{glob.escape(prefix)}*"):  # by an export that was killed; now there is a whole one
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def merge_adapter(model: PeftModel) -> nn.Module:

@@ -10,7 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_rlora.callbacks.run_folder import holds_run, lies_in, set_aside
-from lightning_rlora.files import write_atomically
+from lightning_rlora.files import write_atomically, write_plot
 
 COLUMNS = ("step", "train/loss", "val/loss")
 """The first columns of metrics.csv; other validation metrics follow in the order in which they first appear."""
@@ -203,7 +203,7 @@ def draw_losses(rows: list[Row], path: Path) -> None:
     axes.legend()
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=120)
-    write_atomically(path, content.getvalue())
+    write_plot(path, content.getvalue())
 
 
 def _folder(trainer: Trainer) -> Path:

@@ -16,6 +16,10 @@ from lightning_rlora.files import write_atomically
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
+
+TRAINED_ON = "trained_on.png"
+"""The file of the first training batch's pictures."""
 
 
 class SampleImages(Callback):
@@ -24,6 +28,10 @@ class SampleImages(Callback):
     Each time a grid, with a row for each prompt and a column for each seed, is written to
     `samples/step=<step>.png` in the trainer's `default_root_dir`, and goes to every logger that takes pictures:
     TensorBoard's and Weights & Biases' among Lightning's. Sampling leaves the random state of the training as it is.
+
+    Pictures of the first training batch, as many as a grid shows, are kept in `samples/trained_on.png`, if the batch
+    has `pixel_values`. At the end the first grid, the last one and these stand side by side in
+    `samples/before_after.png`.
 
     Args:
         prompts: What to draw.
@@ -72,8 +80,10 @@ class SampleImages(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Sample before the first step; by now an initialisation is done and the folder is this run's."""
-        if trainer.global_step == 0:
+        if trainer.global_step == 0 and self._due(trainer):
             self._sample(trainer, pl_module)
+            if isinstance(batch, dict) and "pixel_values" in batch:
+                self._keep(batch["pixel_values"], _folder(trainer) / TRAINED_ON)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -83,14 +93,31 @@ class SampleImages(Callback):
             self._sample(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sample what the training arrived at."""
+        """Sample what the training arrived at, and put it beside what it began with."""
         self._sample(trainer, pl_module)
+        folder = _folder(trainer)
+        parts = {
+            "before": folder / _name(0),
+            f"after {trainer.global_step} steps": folder / _name(trainer.global_step),
+            "trained on": folder / TRAINED_ON,
+        }
+        if trainer.is_global_zero and trainer.global_step and all(path.is_file() for path in parts.values()):
+            _save(side_by_side(parts), folder / "before_after.png")
+
+    def _keep(self, pixels: Tensor, path: Path) -> None:
+        """Write pictures (B, 3, H, W) in the shape of the grids, as many as these have room for."""
+        wide = len(self.seeds)
+        pictures = [_picture(one) for one in pixels[: wide * len(self.prompts)]]
+        _save(grid([pictures[i : i + wide] for i in range(0, len(pictures), wide)]), path)
+
+    def _due(self, trainer: Trainer) -> bool:
+        trial = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+        return trainer.global_step != self._last and trainer.is_global_zero and not trial
 
     def _sample(self, trainer: Trainer, module: Any) -> None:
-        step = trainer.global_step
-        if step == self._last or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if not self._due(trainer):
             return
-        self._last = step
+        self._last = step = trainer.global_step
         rows = []
         with isolate_rng(), trainer.precision_plugin.forward_context():
             for prompt in self.prompts:
@@ -103,9 +130,7 @@ class SampleImages(Callback):
                     )
                 )
         picture = grid(rows)
-        content = io.BytesIO()
-        picture.save(content, format="PNG")
-        write_atomically(Path(trainer.default_root_dir) / "samples" / f"step={step:06d}.png", content.getvalue())
+        _save(picture, _folder(trainer) / _name(step))
         for logger in trainer.loggers:
             if hasattr(logger, "log_image"):  # Weights & Biases
                 logger.log_image(key="samples", images=[picture], step=step)
@@ -123,3 +148,41 @@ def grid(rows: list[list[Image]]) -> Image:
         for x, picture in enumerate(row):
             whole.paste(picture, (x * width, y * height))
     return whole
+
+
+def side_by_side(parts: dict[str, Path]) -> Image:
+    """The pictures of files beside each other, each below its caption."""
+    from PIL import Image, ImageDraw
+
+    caption, gap = 16, 8  # pixels
+    pictures = [Image.open(path) for path in parts.values()]
+    width = sum(picture.width for picture in pictures) + gap * (len(pictures) - 1)
+    whole = Image.new("RGB", (width, caption + max(picture.height for picture in pictures)), "white")
+    left = 0
+    for text, picture in zip(parts, pictures, strict=True):
+        ImageDraw.Draw(whole).text((left + 2, 2), text, fill="black")
+        whole.paste(picture, (left, caption))
+        left += picture.width + gap
+    return whole
+
+
+def _picture(pixels: Tensor) -> Image:
+    """The picture of pixels (3, H, W) in [-1, 1]."""
+    from PIL import Image
+
+    values = (pixels.float().cpu().clamp(-1, 1) + 1) * 127.5
+    return Image.fromarray(values.round().byte().permute(1, 2, 0).numpy())
+
+
+def _save(picture: Image, path: Path) -> None:
+    content = io.BytesIO()
+    picture.save(content, format="PNG")
+    write_atomically(path, content.getvalue())
+
+
+def _folder(trainer: Trainer) -> Path:
+    return Path(trainer.default_root_dir) / "samples"
+
+
+def _name(step: int) -> str:
+    return f"step={step:06d}.png"

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from lightning_rlora.adapters import LoraPair, group_by_shape, matrix, offset_factors, scan
 from lightning_rlora.callbacks.run_folder import cut_back
 from lightning_rlora.errors import UserError
-from lightning_rlora.files import write_atomically
+from lightning_rlora.files import write_plot
 
 RANK_DEFICIENT = 1e-12
 """A factor whose R, of its QR, has a diagonal entry of at most this share of the largest counts as rank deficient."""
@@ -235,7 +235,7 @@ def draw_spectra(path: Path) -> None:
         figure.colorbar(image, ax=list(grid), aspect=40, pad=0.01, label=label)
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=110)
-    write_atomically(path.with_suffix(".png"), content.getvalue())
+    write_plot(path.with_suffix(".png"), content.getvalue())
 
 
 def _range(table: Any) -> dict[str, float]:

@@ -5,10 +5,14 @@ from typing import Any
 
 from lightning_rlora.data.buckets import bucket_batches, bucket_sizes
 from lightning_rlora.data.image_data import ImageData, fitted
+from lightning_rlora.data.image_files import decode
 from lightning_rlora.data.image_sources import Captioned, is_remote, read_captioned
 from lightning_rlora.data.pictures import Picture, Pictures, View
 from lightning_rlora.data.sources import hold_out, load_hub
 from lightning_rlora.errors import UserError
+
+CHECKED = 5_000
+"""Images that are decoded before training, at most: about a minute. Of more, a broken one shows when its turn comes."""
 
 
 class CaptionedImageData(ImageData):
@@ -92,9 +96,17 @@ class CaptionedImageData(ImageData):
                 load_hub(source, stage, self.hub_config, streaming=False)
 
     def setup(self, stage: str) -> None:
-        """Takes `val_dataloader` away from a fit that has nothing to validate on, so that Lightning skips it."""
-        if stage == "fit" and not (self.sources["validation"] or self.validation_fraction):
+        """Decodes the images once, if they are not too many, so that a broken one is found before training.
+
+        Takes `val_dataloader` away from a fit that has nothing to validate on, so that Lightning skips it.
+        """
+        validates = bool(self.sources["validation"] or self.validation_fraction)
+        if stage == "fit" and not validates:
             self.val_dataloader = None  # type: ignore[assignment]
+        stages = (["train"] if stage == "fit" else []) + (["validation"] if validates else [])
+        images = [image for name in stages for image in self._captioned(name)]
+        for image in images if len(images) <= CHECKED else []:
+            decode(image.name, image.open)
 
     def val_dataloader(self) -> Any:
         """Every image to validate on once, in the order of the source, cropped in the middle."""
@@ -103,6 +115,9 @@ class CaptionedImageData(ImageData):
         return super().val_dataloader()
 
     def _read(self, stage: str) -> Sequence[Picture]:
+        return fitted(self._captioned(stage), self.buckets)
+
+    def _captioned(self, stage: str) -> list[Captioned]:
         if stage not in self._images:
             self._images[stage] = [
                 image
@@ -114,7 +129,7 @@ class CaptionedImageData(ImageData):
             if not self.sources["validation"] and self.validation_fraction:
                 kept, held_out = hold_out(self._images[stage], self.validation_fraction, self._random(0, 1))
                 self._images = {"train": kept, "validation": held_out}
-        return fitted(self._images[stage], self.buckets)
+        return self._images[stage]
 
     def _epoch(self, pictures: Pictures, epoch: int) -> list[list[View]]:
         generator = self._random(epoch, 0)

@@ -22,21 +22,24 @@ def image_files(folder: str, subfolders: bool = False) -> list[Path]:
     """Lists the images of a folder by name; hidden ones are passed over.
 
     Raises:
-        UserError: There is no such folder, or no image in it.
+        UserError: There is no such folder, no image in it, or a link that leads nowhere.
     """
     path = Path(folder).expanduser()
     if not path.is_dir():
         raise UserError(f"there is no folder {folder!r}")
     files = [file for file in sorted(path.rglob("*") if subfolders else path.iterdir()) if is_image(file)]
     files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    for file in files:
+        if not file.exists():
+            raise UserError(f"{file} is a link to {file.readlink()}, which is not there: mend or remove it")
     if not files:
         raise UserError(f"the folder {folder!r} holds no image that ends in {', '.join(IMAGE_ENDINGS)}")
     return files
 
 
 def is_image(file: Path) -> bool:
-    """Tells by its ending whether a file is an image."""
-    return file.suffix.lower() in IMAGE_ENDINGS and file.is_file()
+    """Tells by its ending whether a file is an image; a link that leads nowhere may be one."""
+    return file.suffix.lower() in IMAGE_ENDINGS and (file.is_file() or not file.exists())
 
 
 def upright_size(name: str, opener: Opener) -> tuple[int, int]:

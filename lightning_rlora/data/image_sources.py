@@ -104,6 +104,8 @@ def _metadata(folder: Path, images: set[Path], column: str) -> dict[Path, tuple[
                 named = repr(record["file_name"])
                 named = named if len(named) <= 100 else f"{named[:100]} ..."
                 raise UserError(f"{where} names {named}, which is no image in {folder}: add it or drop the record")
+            if image in listed:
+                raise UserError(f"{where} names {str(record['file_name'])!r} a second time: keep one record an image")
             listed[image] = _captions(record[column], where)
     return listed
 

@@ -55,8 +55,8 @@ class TextToImage(AdaptedModel):
     latents are kept; `original_size` and `crop_top_left`, int64 (B, 2), for SDXL.
 
     Args:
-        pipeline: Hub id or folder of a diffusers pipeline, or `embedded:tiny-diffusion`, the small one that
-            `examples/tiny_diffusion/` makes; the package does not hold it yet.
+        pipeline: Hub id or folder of a diffusers pipeline, or `embedded:tiny-diffusion`, the small one for 64 x 64
+            pictures that comes with the package (`examples/tiny_diffusion/` made it).
         adapter: Fields of PEFT's configuration of the UNet's adapter, named as in adapter_config.json: `r`,
             `lora_alpha`, `target_modules` (the projections of every attention layer if left out; names or a pattern of
             convolutions and other linear layers go as well), ... From Python also a PeftConfig.

@@ -68,6 +68,13 @@ def test_configurations_that_do_not_fit_the_model(fields, part):
     told(error, "the adapter does not fit the base model", part)
 
 
+def test_layers_to_train_whole_that_the_base_does_not_have():
+    fields = {"target_modules": "dummy-target-modules", "modules_to_save": ["to_q", "conv1"]}
+    with pytest.raises(UserError) as error:
+        adapt(llama(), adapter_config(fields))
+    told(error, "modules_to_save names to_q, conv1", "the base model has none of them", "down_proj, gate_proj")
+
+
 def test_adapters_are_float32_over_a_half_precision_base_that_is_frozen():
     model = adapt(llama().bfloat16(), adapter_config({"r": 2, "target_modules": "all-linear"}))
     pairs = find_pairs(model)

@@ -281,6 +281,17 @@ def test_an_older_adapter_is_replaced_as_a_whole(tmp_path):
     assert torch.allclose(again(IDS).logits, model(IDS).logits, atol=1e-5)
 
 
+def test_what_a_killed_export_left_is_cleaned_up(tmp_path):
+    """What it had moved away stays until there is a whole adapter again; another adapter's folder is not touched."""
+    for name in (".adapter.partial-abc", ".adapter.partial-xyz", ".adapter2.partial-abc", ".adapter-mine"):
+        (tmp_path / name / "old").mkdir(parents=True)
+    with pytest.raises(UserError):
+        export_adapter(llama(), tmp_path / "adapter")
+    assert len(list(tmp_path.iterdir())) == 4
+    export_adapter(trained(llama(), lora("q_proj"), offset=False), tmp_path / "adapter")
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter", ".adapter2.partial-abc", ".adapter-mine"}
+
+
 def _umask():
     import os
 

@@ -81,7 +81,7 @@ def test_grids_come_at_the_start_every_few_steps_and_at_the_end(tmp_path, pipeli
     loggers = [Loggers.TensorBoard(), Loggers.WandB(), Loggers.Base()]
     module = fit(tmp_path, pipeline, [sampler(), RunRecord()], loggers=loggers)
     steps = [0, 2, 4, 5]
-    files = sorted((tmp_path / "samples").iterdir())
+    files = sorted((tmp_path / "samples").glob("step*"))
     assert [path.name for path in files] == [f"step={step:06d}.png" for step in steps]
     pictures = [np.asarray(Image.open(path)) for path in files]
     assert all(picture.shape == (2 * 16, 3 * 16, 3) for picture in pictures)  # prompts down, seeds across
@@ -95,26 +95,40 @@ def test_grids_come_at_the_start_every_few_steps_and_at_the_end(tmp_path, pipeli
         assert abs(difference).max() <= 1  # of 255
 
 
+def test_before_after_and_the_training_pictures_stand_side_by_side(tmp_path, pipeline):
+    fit(tmp_path, pipeline, [sampler(seeds=[3, 4], every_n_steps=None)])
+    picture = np.asarray(Image.open(tmp_path / "samples/before_after.png"))
+    before, after = (np.asarray(Image.open(tmp_path / f"samples/step={step:06d}.png")) for step in (0, 5))
+    assert picture.shape == (16 + 32, 3 * 32 + 2 * 8, 3)  # captions above, gaps between
+    assert np.array_equal(picture[16:, :32], before)
+    assert np.array_equal(picture[16:, 40:72], after)
+    for i, pixels in enumerate(batch(0)["pixel_values"]):  # four, as the grid
+        top, left = 16 + 16 * (i // 2), 80 + 16 * (i % 2)
+        shown = picture[top : top + 16, left : left + 16] / 127.5 - 1
+        assert np.abs(shown - pixels.permute(1, 2, 0).numpy()).max() < 0.5 / 127.5 + 1e-6
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_the_training_does_not_notice(precision, tmp_path, pipeline):
     options = {"precision": precision, "accumulate_grad_batches": 2, "max_steps": 3}
     plain = fit(tmp_path / "plain", pipeline, [], **options)
     sampled = fit(tmp_path / "sampled", pipeline, [sampler(every_n_steps=1)], **options)
-    assert len(list((tmp_path / "sampled/samples").iterdir())) == 4
+    assert len(list((tmp_path / "sampled/samples").glob("step*"))) == 4
     pairs = zip(plain.parameters(), sampled.parameters(), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)
 
 
 def test_the_start_and_the_end_only(tmp_path, pipeline):
     fit(tmp_path, pipeline, [sampler(every_n_steps=None)], max_steps=3)
-    assert {path.name for path in (tmp_path / "samples").iterdir()} == {"step=000000.png", "step=000003.png"}
+    names = {"step=000000.png", "step=000003.png", "trained_on.png", "before_after.png"}
+    assert {path.name for path in (tmp_path / "samples").iterdir()} == names
 
 
 def test_an_earlier_runs_pictures_are_set_aside_with_it(tmp_path, pipeline):
     fit(tmp_path, pipeline, [sampler(), RunRecord()], max_steps=3)
     fit(tmp_path, pipeline, [sampler(every_n_steps=None), RunRecord()], max_steps=1)
-    assert {path.name for path in (tmp_path / "samples").iterdir()} == {"step=000000.png", "step=000001.png"}
-    assert len(list((tmp_path / "previous/1/samples").iterdir())) == 3
+    assert {path.name for path in (tmp_path / "samples").glob("step*")} == {"step=000000.png", "step=000001.png"}
+    assert len(list((tmp_path / "previous/1/samples").glob("step*"))) == 3
 
 
 def test_a_trial_run_leaves_nothing(tmp_path, pipeline):

@@ -209,6 +209,10 @@ def spoil(folder, how):
         (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "x" * 5000, "text": "a"}))
     elif how == "number for a caption":
         (folder / "metadata.jsonl").write_text('{"file_name": "0.png", "text": ["a", 5]}\n')
+    elif how == "named twice":
+        (folder / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a"}\n' * 2)
+    elif how == "dangling link":
+        (folder / "9.png").symlink_to(folder / "gone.png")
     elif how == "wrong field":
         (folder / "metadata.jsonl").write_text('{"file_name": "0.png", "label": "a"}\n')
     elif how == "empty field":
@@ -250,6 +254,8 @@ def spoil(folder, how):
         ("outside", r"metadata\.jsonl, record 1 names '\.\./0\.png', which is no image in .*below"),
         ("endless name", r"record 1 names 'x{99} \.\.\., which is no image in"),
         ("number for a caption", r"metadata\.jsonl, record 1: the caption is 5, which is no text: name another column"),
+        ("named twice", r"metadata\.jsonl, record 2 names '0\.png' a second time: keep one record an image"),
+        ("dangling link", r"9\.png is a link to .*gone\.png, which is not there: mend or remove it"),
         ("wrong field", r"metadata\.jsonl, record 1 has no field 'text': its fields are file_name, label"),
         ("empty field", r"metadata\.jsonl, record 1: the caption is empty"),
         ("one pixel", r"the image .*1\.png has 1 x 1 pixels"),
@@ -269,6 +275,17 @@ def test_one_line_for_bad_input(tmp_path, how, message):
     with pytest.raises(UserError, match=message) as raised:
         data(spoil(tmp_path, how)).train_dataloader()
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg"])
+@pytest.mark.parametrize("part", [{}, {"validation_fraction": 0.5}])
+def test_a_truncated_image_is_found_before_training(tmp_path, ending, part):
+    captioned(tmp_path, SIZES[:3])
+    (tmp_path / "1.png").unlink()
+    broken = save(tmp_path / f"1.{ending}", 200, 200)
+    broken.write_bytes(broken.read_bytes()[:-100])
+    with pytest.raises(UserError, match=rf"^the image .*1\.{ending} cannot be read \(.*\): replace it"):
+        data(str(tmp_path), **part).setup("fit")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
