@@ -63,8 +63,8 @@ class FSDP2Strategy(WholeAdapters, ModelParallelStrategy):
     """FSDP2 for adapted models: the frozen base is sharded over all processes, block by block.
 
     Modules of this package shard themselves; one of your own calls `shard_base(self, self.trainer.strategy.mesh)` in
-    its `configure_model`. Precision 16-mixed wants the strategy by its name, `fsdp2`: Lightning refuses it to
-    every instance of its own class, of which this is a subclass.
+    its `configure_model`. Precision 16-mixed wants the strategy by its name, `fsdp2` (known once this file has been
+    imported): Lightning refuses it to every instance of its own class, of which this is a subclass.
 
     Args:
         process_group_backend: nccl or gloo; by default what suits the device.
@@ -114,7 +114,7 @@ class FSDP1Strategy(WholeAdapters, FSDPStrategy):
 
     @precision_plugin.setter
     def precision_plugin(self, plugin: Precision | None) -> None:
-        # Lightning's own choice for FSDP is for sharded gradients, and one of a user's is left as it is
+        # FSDPPrecision, which Lightning chooses, is for sharded gradients, and so is its scaler
         self._precision_plugin = self._unsharded(plugin) if isinstance(plugin, FSDPPrecision) else plugin
 
     def _unsharded(self, plugin: FSDPPrecision) -> Precision:

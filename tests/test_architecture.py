@@ -13,6 +13,7 @@ FREE = {
     "errors",
     "files",
     "fragments",
+    "image_files",
     "assets",
     "scoring",
 }  # may be imported by every layer, and import nothing but errors

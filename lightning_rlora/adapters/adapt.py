@@ -91,17 +91,17 @@ def adapt(model: nn.Module, config: PeftConfig) -> PeftModel:
                 f"init_lora_weights={start!r} runs when training starts, so that checkpoints can follow it: leave it "
                 f"out, and add the callback AdapterInit with start {wanted}"
             )
-    last = [name.rpartition(".")[2] for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
-    layers = sorted({name for name in last if not name.isdigit()})
+    names = [name for name, _ in model.named_modules()]  # PEFT puts its own layers between
     try:
         adapted = get_peft_model(model, config)
     except (ValueError, TypeError, re.error) as error:
         raise UserError(f"the adapter does not fit the base model: {_one_line(error)}") from error
-    whole = getattr(config, "modules_to_save", None)
-    if whole and not any(isinstance(module, ModulesToSaveWrapper) for module in adapted.modules()):
+    whole = getattr(config, "modules_to_save", None) or []
+    if missing := [wanted for wanted in whole if not any(name.endswith(wanted) for name in names)]:
+        last = sorted({name.rpartition(".")[2] for name in names} - {""})
+        there = ", ".join(name for name in last if not name.isdigit())
         raise UserError(
-            f"modules_to_save names {', '.join(whole)}, and the base model has none of them: its linear layers are "
-            f"called {', '.join(layers)}"
+            f"modules_to_save names {', '.join(missing)}, which the base model lacks: its parts are {there}"
         )
     return adapted
 

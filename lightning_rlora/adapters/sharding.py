@@ -52,7 +52,8 @@ def shard_base(module: nn.Module, mesh: DeviceMesh) -> None:
     for unit in units:
         fully_shard(unit, mesh=mesh, ignored_params=whole, reshard_after_forward=True)
     # What is left, embeddings and head, ends the forward pass and begins the backward pass: it stays gathered between
-    # them. Not where some of it is adapted, since weights that are adapted may be shifted between two passes.
+    # them. Not where some of it is adapted, since weights that are adapted may be shifted between two passes (a head
+    # that trains as a whole is not shifted, but is not told apart here).
     adapted_outside = bool(whole.difference(*(unit.parameters() for unit in units)))
     fully_shard(base, mesh=mesh, ignored_params=whole, reshard_after_forward=adapted_outside)
     _gather_ahead(base)

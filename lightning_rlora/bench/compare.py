@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -83,6 +84,7 @@ def write_outputs(plan: Plan, output: Path) -> list[Result]:
     from lightning_rlora.bench.table import mean_of_tasks, table
 
     results = [result for _, result in _results(plan, output)]
+    _check_scores(plan, results)
     means = mean_of_tasks(results, plan) if plan.mean_of_tasks else []
     tables = {MEAN_OF_TASKS: table(means, MEAN_OF_TASKS, plan)} if plan.mean_of_tasks else {}
     tables |= {task: table(results, task, plan) for task in plan.tasks}
@@ -102,6 +104,16 @@ def write_outputs(plan: Plan, output: Path) -> list[Result]:
     write_atomically(output / "table.json", as_json(tables).encode())
     write_report(output, plan, results, means, tables, len(plan.runs()))
     return results
+
+
+def _check_scores(plan: Plan, results: Sequence[Result]) -> None:
+    """Warn of scores that no validation logged."""
+    logged = {name for result in results for name, curve in result.scores.items() if curve}
+    missing = [name for name in plan.scores if name not in logged]
+    if logged and missing:
+        warnings.warn(
+            f"scores: no validation logged {', '.join(missing)}; there is {', '.join(sorted(logged))}", stacklevel=3
+        )
 
 
 def visible_devices() -> list[str]:

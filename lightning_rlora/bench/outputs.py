@@ -89,7 +89,8 @@ def markdown(tables: dict[str, list[Row]], results: Iterable[Result], plan: Plan
 def explanation(plan: Plan) -> str:
     """What the columns mean, in a few sentences."""
     return (
-        "Validation loss: in nats (per token, of language models) at the last step, mean and standard deviation over n "
+        "Validation loss: cross-entropy in nats (per token, of language models), or the mean squared error of "
+        "diffusion models, at the last step, mean and standard deviation over n "
         "seeds, at the best of the rates tried by that very mean; incomplete: some rates have fewer seeds yet, and are "
         "left out of the choice; (edge): no rate was compared below or above. Scores such as the accuracy (of classes "
         "or, of language models, next tokens) are of the same runs. Rates within 1 %: highest over lowest rate around "
@@ -133,7 +134,7 @@ def peft_layout(result: Result) -> dict[str, Any]:
     data = config.get("data", {}).get("init_args", {})
     trainer = config.get("trainer", {})
     optimizer = dict(model["optimizer"].get("init_args", {}))
-    base = model.get("base", "embedded:tiny-lm")
+    base = model.get("base") or model.get("pipeline") or "embedded:tiny-lm"
     scheduler = (model.get("lr_scheduler") or {}).get("class_path")
     seconds = [(0, 0.0), *((step, value) for step, value in cost.get("seconds", []))]
     metrics: list[dict[str, Any]] = []

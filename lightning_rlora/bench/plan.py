@@ -69,6 +69,7 @@ class Plan:
         reference: Method whose tuned final loss the others are to reach.
         scores: What else validations measure and the tables show, by the names of its logs without `val/`.
         mean_of_tasks: Whether tables and pictures of the mean over all tasks are wanted, too: one rate for all of them.
+        callbacks: That every run gets beside its own, such as one that measures a score.
         common: Configuration of all runs.
         tasks: What each task changes in it.
         methods: What each method changes, after the task.
@@ -84,6 +85,7 @@ class Plan:
     reference: str
     scores: tuple[str, ...]
     mean_of_tasks: bool
+    callbacks: tuple[Any, ...]
     common: Config
     tasks: dict[str, Config]
     methods: dict[str, Method]
@@ -115,13 +117,12 @@ class Plan:
 
     def _config(self, task: str, method: Method, rate: float, seed: int, steps: int) -> Config:
         where = f"task {task!r}, method {method.name!r}"
-        parts = (self.common, self.tasks[task], method.config)
-        config = merge({}, merge(merge(*parts[:2]), parts[2]))
+        config = merge({}, merge(merge(self.common, self.tasks[task]), method.config))
         trainer, model = (as_config(config.get(part), f"{where}: {part}") for part in ("trainer", "model"))
         trainer.pop("default_root_dir", None)  # of an overlay that also serves `rlora fit`
-        callbacks = [callback for part in parts for callback in _callbacks(part, where)]
-        if callbacks:
-            trainer["callbacks"] = callbacks
+        if self.callbacks:
+            own = trainer.get("callbacks") or []
+            trainer["callbacks"] = [*self.callbacks, *(own if isinstance(own, list) else [own])]
         accumulate = whole_number(
             trainer.get("accumulate_grad_batches", 1), f"{where}: trainer.accumulate_grad_batches"
         )
@@ -148,11 +149,6 @@ def whole_number(value: Any, where: str, least: int = 1) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise UserError(f"{where}: expected a whole number from {least} on, not {value!r}")
     return value
-
-
-def _callbacks(part: Config, where: str) -> list[Any]:
-    callbacks = as_config(part.get("trainer"), f"{where}: trainer").get("callbacks") or []
-    return callbacks if isinstance(callbacks, list) else [callbacks]
 
 
 def _shown(value: str) -> str:

@@ -7,9 +7,10 @@ reference: lora               # the method whose tuned final loss the others are
 scores: [accuracy]            # what else the tables show of what is logged as val/...
 mean_of_tasks: false          # whether there is a table of the mean over tasks, too
 variables: {data: data}       # `--set data=...` fills ${data} in; ${seed} is the run's seed
+callbacks: [...]              # that every run gets beside its own, such as one that measures a score
 common: {...}                 # a configuration of `rlora fit`, or a part of one
 tasks: {gsm8k: {...}}         # laid over it: the data
-methods:                      # laid over that: adapter, optimizer, callbacks, in a file or inline; callbacks add up
+methods:                      # laid over that: adapter, optimizer, callbacks, in a file or inline
   lora: {overlay: lora.yaml, rates: [0.001, 0.003, 0.01]}
 """
 
@@ -18,10 +19,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from lightning_rlora.bench.plan import MEAN_OF_TASKS, Method, Plan, whole_number
+from lightning_rlora.bench.table import Row
 from lightning_rlora.errors import UserError
 from lightning_rlora.fragments import Config, as_config, merge, read_mapping
 
@@ -38,7 +41,7 @@ _PLAN_KEYS = {
         "scores",
         "mean_of_tasks",
     ),
-    *("common", "tasks", "methods"),
+    *("callbacks", "common", "tasks", "methods"),
 }
 _METHOD_KEYS = {"overlay", "rates", "steps"}
 
@@ -82,6 +85,7 @@ def read_plan(path: Path, settings: Mapping[str, str] | None = None) -> Plan:
         reference=str(content["reference"]),
         scores=_scores(content.get("scores", ["accuracy"]), f"{path}: scores"),
         mean_of_tasks=_truth(content.get("mean_of_tasks", False), f"{path}: mean_of_tasks"),
+        callbacks=_callbacks(content.get("callbacks", []), f"{path}: callbacks"),
         common=_mapping(content, "common", path),
         tasks={name: as_config(task, f"{path}: task {name!r}") for name, task in tasks.items()},
         methods=methods,
@@ -150,6 +154,15 @@ def _list(value: Any, where: str) -> Sequence[Any]:
 def _scores(value: Any, where: str) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
         raise UserError(f"{where}: expected a list of names such as accuracy, not {value!r}")
+    for name in value:
+        if name in {field.name for field in fields(Row)}:
+            raise UserError(f"{where}: {name!r} is a column of every table: name what else validations log")
+    return tuple(name.removeprefix("val/") for name in value)
+
+
+def _callbacks(value: Any, where: str) -> tuple[Any, ...]:
+    if not isinstance(value, list) or not all(isinstance(entry, dict) and "class_path" in entry for entry in value):
+        raise UserError(f"{where}: expected a list of entries with a class_path, not {value!r:.60}")
     return tuple(value)
 
 

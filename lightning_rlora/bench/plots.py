@@ -135,10 +135,11 @@ def scores(rows: Sequence[Row], groups: Groups, styles: Styles, plan: Plan) -> F
     names = [name for name in plan.scores if any(row.scores[name] for row in rows)]
     figure = Figure(figsize=(1 + 6 * len(names), max(5.2, 0.27 * len(rows) + 1.6)), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        measured = [row for row in rows if row.scores[name]]
         by_seed = {
-            _key(row): {r.seed: r.scores[name] for r in groups[_key(row)] if r.rate == row.rate} for row in measured
+            _key(row): {r.seed: r.scores[name] for r in groups[_key(row)] if r.rate == row.rate and r.scores.get(name)}
+            for row in rows
         }
+        measured = [row for row in rows if mean_curve(list(by_seed[_key(row)].values()))]
         _draw_curves(axes, measured, by_seed, styles, plan)
         axes.set_title(name.replace("_", " "), loc="left", fontsize=11)
         label_ends(axes, [_label(row, plan) for row in measured])

@@ -86,7 +86,10 @@ def read_result(output: Path, run: Run) -> Result | None:
     if not path.is_file():
         return None
     try:
-        result = Result(**json.loads(path.read_text(encoding="utf-8")))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if "accuracy" in content:  # the only score of results of before
+            content["scores"] = {"accuracy": content.pop("accuracy")}
+        result = Result(**content)
     except (ValueError, TypeError):  # not JSON, or of another version of this file
         return None
     return result if result.fingerprint == run.fingerprint else None

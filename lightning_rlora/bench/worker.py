@@ -184,14 +184,14 @@ def _curve(folder: Path, column: str) -> Curve:
 
 
 def _scores(folder: Path) -> list[str]:
-    """What validations measured, beside the loss and its exponential."""
+    """What validations measured, beside the loss."""
     path = folder / "metrics.csv"
     if not path.is_file():
         return []
     with path.open(encoding="utf-8", newline="") as file:
         columns = csv.DictReader(file).fieldnames or ()
     names = (column.removeprefix("val/") for column in columns if column.startswith("val/"))
-    return [name for name in names if name not in ("loss", "perplexity")]
+    return [name for name in names if name != "loss"]
 
 
 def _finite(curve: Curve) -> Curve:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,11 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_rlora.errors import UserError
+from lightning_rlora.image_files import decode, opened
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 class ImageSimilarity(Callback):
@@ -40,8 +38,7 @@ class ImageSimilarity(Callback):
         guidance_scale: Strength of classifier-free guidance.
 
     Raises:
-        UserError: If there is no prompt, seed or photo, a photo cannot be read, or the descriptions are not as many as
-            the prompts.
+        UserError: If there is no prompt, seed or photo.
     """
 
     def __init__(
@@ -57,14 +54,14 @@ class ImageSimilarity(Callback):
     ) -> None:
         if prompts == [] or not seeds:
             raise UserError("ImageSimilarity needs at least one prompt and one seed")
-        if descriptions is not None and len(descriptions) != len(prompts or []):
-            raise UserError(f"ImageSimilarity has {len(prompts or [])} prompts and {len(descriptions)} descriptions")
         self.prompts = prompts
         self.descriptions = descriptions
         self.seeds = list(seeds)
         self.num_inference_steps = num_inference_steps
         self.guidance_scale = guidance_scale
-        self._photos = None if references is None else _read_photos(Path(references))
+        self._references = None if references is None else opened(references)
+        self._photos: list[Image] = []
+        self._drawn: list[str] = []
         self._names = dino, clip
         self._dino: tuple[Any, Any] | None = None  # each with its processor
         self._clip: tuple[Any, Any] | None = None
@@ -73,19 +70,24 @@ class ImageSimilarity(Callback):
         """Load DINO and CLIP, before anything is trained.
 
         Raises:
-            UserError: If one of them cannot be loaded, the module cannot sample, or no photos are known.
+            UserError: If one of them cannot be loaded, a photo cannot be read, the module cannot sample, there are no
+                photos or prompts to compare with, or the descriptions are not as many as the prompts.
         """
         if not callable(getattr(pl_module, "sample", None)):
             raise UserError(
                 f"ImageSimilarity needs a module with a method sample(prompts, seeds), such as TextToImage, and not "
                 f"{type(pl_module).__name__}"
             )
-        if self.prompts is None or self._photos is None:
-            data: Any = trainer.datamodule  # type: ignore[attr-defined]
-            if not callable(getattr(data, "photos", None)):
-                raise UserError("ImageSimilarity needs prompts and references: only DreamBoothData tells of a subject")
-            self.prompts = self.prompts or data.prompts
-            self._photos = self._photos or data.photos()
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if (self.prompts is None or self._references is None) and not callable(getattr(data, "photos", None)):
+            raise UserError("ImageSimilarity needs prompts and references: only DreamBoothData tells of a subject")
+        self._drawn = data.prompts if self.prompts is None else self.prompts
+        if self.descriptions is not None and len(self.descriptions) != len(self._drawn):
+            raise UserError(f"ImageSimilarity has {len(self._drawn)} prompts and {len(self.descriptions)} descriptions")
+        if self._references is None:
+            self._photos = data.photos()
+        else:
+            self._photos = [decode(name, opener) for name, opener in self._references]
         if self._dino is None:
             from transformers import AutoImageProcessor, AutoModel, CLIPModel, CLIPProcessor
 
@@ -97,10 +99,10 @@ class ImageSimilarity(Callback):
     @torch.no_grad()
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Sample, compare and log; in every process the same, so that all know the numbers."""
-        assert self._dino is not None and self._photos is not None and self.prompts is not None
+        assert self._dino is not None
         pictures: list[Image] = []
         with isolate_rng(), trainer.precision_plugin.forward_context():
-            for prompt in self.prompts:
+            for prompt in self._drawn:
                 pictures += pl_module.sample(
                     [prompt] * len(self.seeds),
                     self.seeds,
@@ -112,7 +114,7 @@ class ImageSimilarity(Callback):
                 alike = class_tokens(*dino, pictures) @ class_tokens(*dino, self._photos).mT
             pl_module.log("val/image_similarity", alike.mean())
             if self._clip is not None:
-                texts = [text for text in self.descriptions or self.prompts for _ in self.seeds]
+                texts = [text for text in self.descriptions or self._drawn for _ in self.seeds]
                 with _lent(self._clip, pl_module.device) as clip:
                     pl_module.log("val/text_similarity", text_similarities(*clip, pictures, texts).mean())
 
@@ -133,9 +135,11 @@ def text_similarities(model: Any, processor: Any, pictures: list[Image], texts: 
 @contextmanager
 def _lent(loaded: tuple[Any, Any], device: torch.device) -> Iterator[tuple[Any, Any]]:
     """A model on the device for a while, with its processor; the training needs the room afterwards."""
-    loaded[0].to(device)
-    yield loaded
-    loaded[0].to("cpu")
+    try:
+        loaded[0].to(device)
+        yield loaded
+    finally:
+        loaded[0].to("cpu")
 
 
 def _load(name: str, model: Any, processor: Any) -> tuple[Any, Any]:
@@ -145,21 +149,3 @@ def _load(name: str, model: Any, processor: Any) -> tuple[Any, Any]:
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"ImageSimilarity cannot load {name!r}: {reason[:200]}") from error
-
-
-def _read_photos(folder: Path) -> list[Image]:
-    from PIL import Image
-
-    if not folder.is_dir():
-        raise UserError(f"ImageSimilarity compares with photos in a folder, and {folder} is none")
-    photos = []
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in _SUFFIXES:
-            try:
-                with Image.open(path) as photo:
-                    photos.append(photo.convert("RGB"))
-            except (OSError, ValueError) as error:
-                raise UserError(f"ImageSimilarity cannot read the photo {path}: {error}") from error
-    if not photos:
-        raise UserError(f"ImageSimilarity finds no photo in {folder}: it looks for {', '.join(sorted(_SUFFIXES))}")
-    return photos

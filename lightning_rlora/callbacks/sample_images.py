@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_rlora.errors import UserError
-from lightning_rlora.files import write_atomically
+from lightning_rlora.files import write_plot
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -94,6 +94,8 @@ class SampleImages(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sample what the training arrived at, and put it beside what it began with."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         self._sample(trainer, pl_module)
         folder = _folder(trainer)
         parts = {
@@ -152,17 +154,19 @@ def grid(rows: list[list[Image]]) -> Image:
 
 def side_by_side(parts: dict[str, Path]) -> Image:
     """The pictures of files beside each other, each below its caption."""
-    from PIL import Image, ImageDraw
+    from PIL import Image, ImageDraw, ImageFont
 
     caption, gap = 16, 8  # pixels
     pictures = [Image.open(path) for path in parts.values()]
-    width = sum(picture.width for picture in pictures) + gap * (len(pictures) - 1)
-    whole = Image.new("RGB", (width, caption + max(picture.height for picture in pictures)), "white")
+    font = ImageFont.load_default()
+    widths = [max(picture.width, int(font.getlength(text)) + 4) for text, picture in zip(parts, pictures, strict=True)]
+    size = sum(widths) + gap * (len(pictures) - 1), caption + max(picture.height for picture in pictures)
+    whole = Image.new("RGB", size, "white")
     left = 0
-    for text, picture in zip(parts, pictures, strict=True):
-        ImageDraw.Draw(whole).text((left + 2, 2), text, fill="black")
+    for text, picture, width in zip(parts, pictures, widths, strict=True):
+        ImageDraw.Draw(whole).text((left + 2, 2), text, fill="black", font=font)
         whole.paste(picture, (left, caption))
-        left += picture.width + gap
+        left += width + gap
     return whole
 
 
@@ -177,7 +181,7 @@ def _picture(pixels: Tensor) -> Image:
 def _save(picture: Image, path: Path) -> None:
     content = io.BytesIO()
     picture.save(content, format="PNG")
-    write_atomically(path, content.getvalue())
+    write_plot(path, content.getvalue())
 
 
 def _folder(trainer: Trainer) -> Path:

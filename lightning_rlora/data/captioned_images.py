@@ -5,14 +5,14 @@ from typing import Any
 
 from lightning_rlora.data.buckets import bucket_batches, bucket_sizes
 from lightning_rlora.data.image_data import ImageData, fitted
-from lightning_rlora.data.image_files import decode
 from lightning_rlora.data.image_sources import Captioned, is_remote, read_captioned
 from lightning_rlora.data.pictures import Picture, Pictures, View
 from lightning_rlora.data.sources import hold_out, load_hub
 from lightning_rlora.errors import UserError
+from lightning_rlora.image_files import decode
 
 CHECKED = 5_000
-"""Images that are decoded before training, at most: about a minute. Of more, a broken one shows when its turn comes."""
+"""Images that are decoded before training, about a minute's worth; a broken one beyond shows when its turn comes."""
 
 
 class CaptionedImageData(ImageData):
@@ -96,7 +96,7 @@ class CaptionedImageData(ImageData):
                 load_hub(source, stage, self.hub_config, streaming=False)
 
     def setup(self, stage: str) -> None:
-        """Decodes the images once, if they are not too many, so that a broken one is found before training.
+        """Decodes the images once, the first 5,000 of them, so that a broken one is found before training.
 
         Takes `val_dataloader` away from a fit that has nothing to validate on, so that Lightning skips it.
         """
@@ -105,7 +105,7 @@ class CaptionedImageData(ImageData):
             self.val_dataloader = None  # type: ignore[assignment]
         stages = (["train"] if stage == "fit" else []) + (["validation"] if validates else [])
         images = [image for name in stages for image in self._captioned(name)]
-        for image in images if len(images) <= CHECKED else []:
+        for image in images[:CHECKED]:
             decode(image.name, image.open)
 
     def val_dataloader(self) -> Any:

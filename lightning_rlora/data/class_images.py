@@ -10,9 +10,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from lightning_rlora.data.image_files import is_image
 from lightning_rlora.errors import UserError
 from lightning_rlora.files import write_atomically
+from lightning_rlora.image_files import is_image
 
 Sample = Callable[[list[str], list[int]], Sequence[Image.Image]]
 """Draws one image for each prompt, with the seed of the same place."""

@@ -11,11 +11,11 @@ from PIL import Image
 
 from lightning_rlora.data.class_images import draw_class_images, missing_class_images
 from lightning_rlora.data.image_data import ImageData, fitted
-from lightning_rlora.data.image_files import Opener, decode, image_files
 from lightning_rlora.data.image_sources import Captioned
 from lightning_rlora.data.pictures import Picture, Pictures, View
 from lightning_rlora.data.robot import robot_photo, robot_photos
 from lightning_rlora.errors import UserError
+from lightning_rlora.image_files import Opener, decode, opened
 
 EMBEDDED = {"embedded:robot": (robot_photos, robot_photo)}
 """For each embedded subject, what tells the numbers of a stage's photos, and what draws the photo of a number."""
@@ -145,7 +145,7 @@ class DreamBoothData(ImageData):
         """The photos of the subject."""
         if stage not in self._photos:
             folder = self.folders[stage]
-            named = self._embedded(folder, stage) if folder.startswith("embedded:") else _opened(folder)
+            named = self._embedded(folder, stage) if folder.startswith("embedded:") else opened(folder)
             photos = (Captioned(name, opener, tuple(self.prompts)) for name, opener in named)
             self._photos[stage] = fitted(photos, [(self.size, self.size)])
         return self._photos[stage]
@@ -173,14 +173,9 @@ class DreamBoothData(ImageData):
                 draw_class_images(missing, self.class_prompt, sample, self.batch_size)
         if self.trainer is not None:
             self.trainer.strategy.barrier("class images")
-        named = _opened(self.class_images)[: self.num_class_images]
+        named = opened(self.class_images)[: self.num_class_images]
         images = [Captioned(name, opener, (self.class_prompt,)) for name, opener in named]
         return fitted(images, [(self.size, self.size)], self.prior_weight)
-
-
-def _opened(folder: str) -> list[tuple[str, Opener]]:
-    """The images of a folder, each by its path and with what opens it."""
-    return [(str(file), partial(Image.open, file)) for file in image_files(folder)]
 
 
 def _passes(items: int, count: int, generator: np.random.Generator) -> np.ndarray:

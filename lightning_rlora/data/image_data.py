@@ -8,12 +8,12 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_rlora.data.buckets import Size, bucket_batches, nearest_bucket
-from lightning_rlora.data.image_files import upright_size
 from lightning_rlora.data.image_loader import ImageLoader
 from lightning_rlora.data.image_sources import Captioned
 from lightning_rlora.data.pictures import Picture, Pictures, View
 from lightning_rlora.data.resumable_data import ResumableData
 from lightning_rlora.errors import UserError
+from lightning_rlora.image_files import upright_size
 
 
 class ImageData(ResumableData):

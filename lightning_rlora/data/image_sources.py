@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from lightning_rlora.data.image_files import Opener, image_files
 from lightning_rlora.data.sources import READERS, is_on_hub, load_hub, local_files
 from lightning_rlora.errors import UserError
+from lightning_rlora.image_files import Opener, image_files
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 """The files of a folder that hold captions, as Hugging Face's imagefolder has them: one record an image, with the

@@ -12,8 +12,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from lightning_rlora.data.buckets import Size
-from lightning_rlora.data.image_files import Opener, decode
 from lightning_rlora.errors import UserError
+from lightning_rlora.image_files import Opener, decode
 
 
 @dataclass(frozen=True)

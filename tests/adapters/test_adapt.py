@@ -72,7 +72,10 @@ def test_layers_to_train_whole_that_the_base_does_not_have():
     fields = {"target_modules": "dummy-target-modules", "modules_to_save": ["to_q", "conv1"]}
     with pytest.raises(UserError) as error:
         adapt(llama(), adapter_config(fields))
-    told(error, "modules_to_save names to_q, conv1", "the base model has none of them", "down_proj, gate_proj")
+    told(error, "modules_to_save names to_q, conv1", "which the base model lacks", "down_proj, ", "gate_proj, ")
+    with pytest.raises(UserError) as error:  # one of two is no better
+        adapt(llama(), adapter_config(fields | {"modules_to_save": ["lm_head", "scroe"]}))
+    told(error, "modules_to_save names scroe, which")
 
 
 def test_adapters_are_float32_over_a_half_precision_base_that_is_frozen():

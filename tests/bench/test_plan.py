@@ -114,13 +114,21 @@ def test_a_run_tells_of_the_variables_it_uses_and_of_no_place_on_this_machine(tm
     assert read_plan(path, settings).runs()[0].variables == {"base": "small", "data": "texts"}
 
 
-def test_the_callbacks_of_common_task_and_method_add_up(tmp_path):
+def test_the_plans_callbacks_stand_before_a_runs_own(tmp_path):
+    """While of common, task and method the last one counts, as with files of `rlora fit`."""
+
     def part(*names):
         return {"trainer": {"callbacks": list(names)}}
 
-    methods = {"adamw": {"rates": [0.1], "overlay": PLAN["methods"]["adamw"]["overlay"] | part("C", "D")}}
-    plan = make_plan(tmp_path, common=PLAN["common"] | part("A"), tasks={"words": part("B")}, methods=methods)
-    assert plan.runs()[0].config["trainer"]["callbacks"] == ["A", "B", "C", "D"]
+    optimizer = PLAN["methods"]["adamw"]["overlay"]
+    methods = {
+        "adamw": {"rates": [0.1], "overlay": optimizer | part("C", "D")},
+        "none": {"rates": [0.1], "overlay": optimizer | part()},
+    }
+    measured = [{"class_path": "Measure"}]
+    plan = make_plan(tmp_path, callbacks=measured, common=PLAN["common"] | part("A"), methods=methods)
+    found = {run.method: run.config["trainer"]["callbacks"] for run in plan.runs()}
+    assert found == {"adamw": [*measured, "C", "D"], "none": measured}
 
 
 @pytest.mark.parametrize("value", [None, 0, "many"])
@@ -145,6 +153,8 @@ WRONG = {
     "a last step without validation": ({"steps": 5}, ["5 steps", "validate_every"]),
     "an unknown reference": ({"reference": "adam"}, ["'adam'", "adamw"]),
     "a score that is no name": ({"scores": [{"val": 1}]}, ["scores", "names"]),
+    "a score that is a column": ({"scores": ["steps"]}, ["scores", "'steps'", "column"]),
+    "callbacks that are none": ({"callbacks": ["RunCost"]}, ["callbacks", "class_path"]),
     "a word for whether": ({"mean_of_tasks": "maybe"}, ["mean_of_tasks", "'maybe'"]),
     "a task called like the mean": ({"tasks": {"mean-of-tasks": {}}}, ["mean-of-tasks", "another name"]),
     "a missing overlay": ({"methods": {"adamw": {"rates": [1], "overlay": "nowhere.yaml"}}}, ["nowhere.yaml"]),

@@ -4,6 +4,7 @@ import base64
 import csv
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from plans import PLAN, finished, make_plan, write_plan
@@ -182,3 +183,24 @@ def test_the_mean_of_tasks_stands_before_them(tmp_path):
     assert rows["mean-of-tasks"][0]["accuracy"] == 0.75
     assert all((tmp_path / f"{task}_scores.png").is_file() for task in rows)
     assert "12 finished" in (tmp_path / "report.html").read_text()  # means are no runs
+
+
+def test_a_seed_without_a_score_and_a_score_that_is_nowhere_do_no_harm(tmp_path):
+    plan = make_plan(tmp_path, scores=["accuracy", "recall"])
+    for run in plan.runs():
+        result = finished(run, 1.0)
+        write_result(tmp_path, run, replace(result, scores={}) if run.seed else result)
+    with pytest.warns(UserWarning, match="no validation logged recall; there is accuracy"):
+        write_outputs(plan, tmp_path)
+    assert (tmp_path / "words_scores.png").is_file() and (tmp_path / "report.html").is_file()
+
+
+def test_results_that_knew_one_score_only_count(tmp_path):
+    plan = make_plan(tmp_path)
+    run = plan.runs()[0]
+    write_result(tmp_path, run, finished(run, 1.0))
+    path = tmp_path / run.folder / "result.json"
+    content = json.loads(path.read_text())
+    content["accuracy"] = content.pop("scores")["accuracy"]
+    path.write_text(json.dumps(content))
+    assert read_result(tmp_path, run).scores == {"accuracy": content["accuracy"]}

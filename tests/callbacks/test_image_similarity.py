@@ -1,5 +1,7 @@
 """DINO and CLIP similarity at each validation, with tiny stand-ins for both models."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -115,14 +117,17 @@ def test_without_clip_there_is_no_text_similarity(folder, tmp_path):
     assert "val/image_similarity" in metrics and "val/text_similarity" not in metrics
 
 
-def test_the_data_tell_what_to_compare_with(folder, tmp_path):
-    """The same number as with the folder that the data read."""
+def test_the_data_tell_what_to_draw_and_to_compare_with(folder, tmp_path):
+    """The same number as with their prompt and their folder, a transparent photo among them."""
+    photos = tmp_path / "photos"
+    shutil.copytree(folder / "photos", photos)
+    Image.new("RGBA", (24, 24), (250, 0, 0, 90)).save(photos / "clear.png")
     found = []
-    for references in (None, str(folder / "photos")):
-        callback = similarity(folder, references=references, clip=None)
+    for told in ({}, {"prompts": ["a photo of sks dog"], "references": str(photos)}):
+        callback = ImageSimilarity(**told, dino=str(folder / "dino"), clip=None, num_inference_steps=2, seeds=[3])
         trainer = Trainer(accelerator="cpu", default_root_dir=tmp_path, logger=False, callbacks=[callback])
         torch.manual_seed(0)
-        data = DreamBoothData(str(folder / "photos"), "dog", size=16, batch_size=2)
+        data = DreamBoothData(str(photos), "dog", size=16, batch_size=2)
         trainer.validate(TextToImage(str(folder / "pipeline"), {"r": 2}), data, verbose=False)
         found.append(trainer.callback_metrics["val/image_similarity"])
     assert found[0] == found[1]
@@ -132,14 +137,14 @@ def test_bad_input(folder, tmp_path):
     with pytest.raises(UserError, match="at least one prompt"):
         ImageSimilarity([])
     with pytest.raises(UserError, match="2 prompts and 1 descriptions"):
-        ImageSimilarity(PROMPTS, descriptions=["a dog"])
-    with pytest.raises(UserError, match=r"nowhere is none"):
+        fit(folder, [similarity(folder, descriptions=["a dog"])], tmp_path)
+    with pytest.raises(UserError, match="there is no folder 'nowhere'"):
         ImageSimilarity(PROMPTS, "nowhere")
-    with pytest.raises(UserError, match="finds no photo in"):
+    with pytest.raises(UserError, match="holds no image"):
         ImageSimilarity(PROMPTS, str(tmp_path))
     (tmp_path / "x.JPG").write_bytes(b"no photo")
-    with pytest.raises(UserError, match=r"cannot read the photo .*x\.JPG"):
-        ImageSimilarity(PROMPTS, str(tmp_path))
+    with pytest.raises(UserError, match=r"x\.JPG"):
+        fit(folder, [similarity(folder, references=str(tmp_path))], tmp_path)
     with pytest.raises(UserError, match="cannot load 'nobody/nothing'"):
         fit(folder, [similarity(folder, clip="nobody/nothing")], tmp_path)
     with pytest.raises(UserError, match="needs prompts and references"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers.logger import DummyExperiment, Logger
-from PIL import Image
+from PIL import Image, ImageFont
 from tiny_pipelines import batch, saved
 from torch.utils.data import DataLoader
 from toy_runs import ToyData, ToyModule
@@ -96,16 +96,22 @@ def test_grids_come_at_the_start_every_few_steps_and_at_the_end(tmp_path, pipeli
 
 
 def test_before_after_and_the_training_pictures_stand_side_by_side(tmp_path, pipeline):
-    fit(tmp_path, pipeline, [sampler(seeds=[3, 4], every_n_steps=None)])
+    fit(tmp_path, pipeline, [sampler(seeds=[3, 4, 5, 6, 7, 8], every_n_steps=None)])
     picture = np.asarray(Image.open(tmp_path / "samples/before_after.png"))
     before, after = (np.asarray(Image.open(tmp_path / f"samples/step={step:06d}.png")) for step in (0, 5))
-    assert picture.shape == (16 + 32, 3 * 32 + 2 * 8, 3)  # captions above, gaps between
-    assert np.array_equal(picture[16:, :32], before)
-    assert np.array_equal(picture[16:, 40:72], after)
-    for i, pixels in enumerate(batch(0)["pixel_values"]):  # four, as the grid
-        top, left = 16 + 16 * (i // 2), 80 + 16 * (i % 2)
+    assert picture.shape == (16 + 32, 2 * (96 + 8) + 64, 3)  # captions above, gaps between
+    assert np.array_equal(picture[16:, :96], before)
+    assert np.array_equal(picture[16:, 104:200], after)
+    for i, pixels in enumerate(batch(0)["pixel_values"]):  # four of them
+        top, left = 16, 208 + 16 * i
         shown = picture[top : top + 16, left : left + 16] / 127.5 - 1
         assert np.abs(shown - pixels.permute(1, 2, 0).numpy()).max() < 0.5 / 127.5 + 1e-6
+
+
+def test_a_caption_is_not_cut_where_pictures_are_small(tmp_path, pipeline):
+    fit(tmp_path, pipeline, [sampler(seeds=[3], every_n_steps=None)])
+    width = Image.open(tmp_path / "samples/before_after.png").width
+    assert width > 2 * 8 + sum(ImageFont.load_default().getlength(t) for t in ("after 5 steps", "trained on"))
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])

@@ -8,8 +8,8 @@ import torch
 from drawn_images import gradient, save
 from PIL import Image
 
-from lightning_rlora.data.image_files import upright_size
 from lightning_rlora.data.pictures import Picture, Pictures, View, picture_batch
+from lightning_rlora.image_files import upright_size
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import pytest
 from drawn_images import gradient, save
 from PIL import Image
 
-from lightning_rlora.data.image_files import decode, image_files, upright_size
 from lightning_rlora.errors import UserError
+from lightning_rlora.image_files import decode, image_files, upright_size
 
 
 def read(path):

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +31,20 @@ def image_files(folder: str, subfolders: bool = False) -> list[Path]:
     files = [file for file in sorted(path.rglob("*") if subfolders else path.iterdir()) if is_image(file)]
     files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
     for file in files:
-        if not file.exists():
+        if file.is_symlink() and not file.exists():
             raise UserError(f"{file} is a link to {file.readlink()}, which is not there: mend or remove it")
     if not files:
         raise UserError(f"the folder {folder!r} holds no image that ends in {', '.join(IMAGE_ENDINGS)}")
     return files
+
+
+def opened(folder: str) -> list[tuple[str, Opener]]:
+    """The images of a folder, each by its path and with what opens it.
+
+    Raises:
+        UserError: As `image_files`.
+    """
+    return [(str(file), partial(Image.open, file)) for file in image_files(folder)]
 
 
 def is_image(file: Path) -> bool:
