@@ -8,6 +8,7 @@ import torch
 from adapted_models import IDS, llama, randomise
 from peft import LoraConfig, PeftModel
 from torch import nn
+from transformers import LlamaForSequenceClassification
 
 from lightning_rlora.adapters import adapt, adapter_config, export_adapter, find_adapted, find_pairs, load_adapter, scan
 from lightning_rlora.errors import UserError
@@ -72,10 +73,17 @@ def test_layers_to_train_whole_that_the_base_does_not_have():
     fields = {"target_modules": "dummy-target-modules", "modules_to_save": ["to_q", "conv1"]}
     with pytest.raises(UserError) as error:
         adapt(llama(), adapter_config(fields))
-    told(error, "modules_to_save names to_q, conv1", "which the base model lacks", "down_proj, ", "gate_proj, ")
+    told(error, "modules_to_save names conv1, to_q", "which the base model lacks", "down_proj, ", "gate_proj, ")
     with pytest.raises(UserError) as error:  # one of two is no better
         adapt(llama(), adapter_config(fields | {"modules_to_save": ["lm_head", "scroe"]}))
     told(error, "modules_to_save names scroe, which")
+
+
+def test_the_heads_that_peft_names_for_every_classifier_need_not_be_there():
+    """As they stand in the configuration of an adapter that was saved."""
+    fields = {"target_modules": ["q_proj"], "modules_to_save": ["classifier", "score"], "task_type": "SEQ_CLS"}
+    adapted = adapt(LlamaForSequenceClassification(llama().config), adapter_config(fields))
+    assert any(name.endswith("score.modules_to_save.default.weight") for name, _ in adapted.named_parameters())
 
 
 def test_adapters_are_float32_over_a_half_precision_base_that_is_frozen():
