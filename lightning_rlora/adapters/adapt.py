@@ -91,21 +91,25 @@ def adapt(model: nn.Module, config: PeftConfig) -> PeftModel:
                 f"init_lora_weights={start!r} runs when training starts, so that checkpoints can follow it: leave it "
                 f"out, and add the callback AdapterInit with start {wanted}"
             )
-    names = [name for name, _ in model.named_modules()]
+    _check_modules_to_save(model, config)
+    try:
+        return get_peft_model(model, config)
+    except (ValueError, TypeError, re.error) as error:
+        raise UserError(f"the adapter does not fit the base model: {_one_line(error)}") from error
+
+
+def _check_modules_to_save(model: nn.Module, config: PeftConfig) -> None:
+    """Refuse names of what is to be trained as a whole that PEFT would pass over without a word."""
     whole = set(getattr(config, "modules_to_save", None) or [])
     if config.task_type in ("SEQ_CLS", "TOKEN_CLS"):
         whole -= {"classifier", "score"}  # PEFT names both for every classifier, whichever there is
-    try:
-        adapted = get_peft_model(model, config)
-    except (ValueError, TypeError, re.error) as error:
-        raise UserError(f"the adapter does not fit the base model: {_one_line(error)}") from error
+    names = [name for name, _ in model.named_modules()]
     if missing := [wanted for wanted in sorted(whole) if not any(name.endswith(wanted) for name in names)]:
         last = sorted({name.rpartition(".")[2] for name in names} - {""})
         there = ", ".join(name for name in last if not name.isdigit())
         raise UserError(
             f"modules_to_save names {', '.join(missing)}, which the base model lacks: its parts are {there}"
         )
-    return adapted
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> PeftModel:

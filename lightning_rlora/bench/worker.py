@@ -99,7 +99,8 @@ def execute(job: Job, device: str, fit: Fit) -> tuple[Result, bool]:
         line = user_line(error)
         note = line or f"{name}: {' '.join(str(error).split())[:300]}"
         in_order = status == "diverged" or (line is not None and name != "OutOfMemoryError")
-    validation, train = _curve(folder, "val/loss"), _curve(folder, "train/loss")
+    curves = _curves(folder)
+    validation, train = curves.pop("val/loss"), curves.pop("train/loss")
     if status == "finished" and not all(math.isfinite(loss) for _, loss in validation):
         status, note = "diverged", "the validation loss is not finite"
     elif status == "finished" and (not validation or validation[-1][0] != job.run.steps):
@@ -111,7 +112,7 @@ def execute(job: Job, device: str, fit: Fit) -> tuple[Result, bool]:
         note=note,
         validation=_finite(validation),
         train=_finite(train),
-        scores={name: _finite(_curve(folder, f"val/{name}")) for name in _scores(folder)},
+        scores={name.removeprefix("val/"): _finite(curve) for name, curve in curves.items()},
         cost=_read_json(folder / "cost.json"),
         adapter=_adapter(folder / "adapter"),
         meta={
@@ -175,23 +176,19 @@ def _clean_up() -> None:
         torch.cuda.empty_cache()
 
 
-def _curve(folder: Path, column: str) -> Curve:
+def _curves(folder: Path) -> dict[str, Curve]:
+    """The training loss and all that validations measured, by their names in the metrics file."""
+    curves: dict[str, Curve] = {"train/loss": [], "val/loss": []}
     path = folder / "metrics.csv"
-    if not path.is_file():
-        return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return [(int(row["step"]), float(row[column])) for row in csv.DictReader(file) if row.get(column)]
-
-
-def _scores(folder: Path) -> list[str]:
-    """What validations measured, beside the loss."""
-    path = folder / "metrics.csv"
-    if not path.is_file():
-        return []
-    with path.open(encoding="utf-8", newline="") as file:
-        columns = csv.DictReader(file).fieldnames or ()
-    names = (column.removeprefix("val/") for column in columns if column.startswith("val/"))
-    return [name for name in names if name != "loss"]
+    if path.is_file():
+        with path.open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                for name, value in row.items():
+                    if name in curves or name.startswith("val/"):
+                        points = curves.setdefault(name, [])
+                        if value:
+                            points.append((int(row["step"]), float(value)))
+    return curves
 
 
 def _finite(curve: Curve) -> Curve:
