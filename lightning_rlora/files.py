@@ -26,7 +26,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def write_plot(path: Path, content: bytes) -> None:
-    """Replace a plot as a whole, or warn if it cannot be written: it shows only what a table holds."""
+    """Replace a plot or a sample picture as a whole, or warn if it cannot be written: no training ends for it."""
     try:
         write_atomically(path, content)
     except OSError as error:

@@ -25,6 +25,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lightning_rlora.assets import resolve
 
 HERE = Path(__file__).parent
+ALONE = "auto"
+"""Strategy of a single process."""
+
+
+def in_words(optimizer: str, strategy: str) -> str:
+    return f"{optimizer}, {'one' if strategy == ALONE else strategy}"
 
 
 def write_model(folder: Path, layers: int, shrink: int) -> None:
@@ -71,33 +77,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     more = ["--rank", args.rank, "--batch", args.batch, "--length", args.length]
     more += ["--quantization", args.quantization] if args.quantization else []
     more += ["--gradient-checkpointing"] if args.gradient_checkpointing else []
-    runs: dict[str, Any] = {}
+    runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
     failed: list[str] = []
     with tempfile.TemporaryDirectory() as temporary:
         base = args.folder or Path(temporary) / "model"
         if not (base / "config.json").exists():
             write_model(base, args.layers, args.shrink)
         for optimizer in args.optimizers:
-            for strategy, devices in [("auto", 1), *((strategy, args.devices) for strategy in args.strategies)]:
-                name = f"{optimizer}, {'one' if strategy == 'auto' else strategy}"
+            for strategy, devices in [(ALONE, 1), *((strategy, args.devices) for strategy in args.strategies)]:
                 try:
-                    runs[name] = measure(strategy, devices, optimizer, base, more)
+                    runs[optimizer, strategy] = measure(strategy, devices, optimizer, base, more)
                 except subprocess.CalledProcessError:
-                    failed.append(name)
+                    failed.append(in_words(optimizer, strategy))
     rows = []
-    for name, processes in runs.items():
-        alone = runs.get(f"{name.split(',')[0]}, one")
+    for (optimizer, strategy), processes in runs.items():
+        alone = runs.get((optimizer, ALONE))
         step = max(process["step_ms"] for process in processes)
         share = max(process["optimizer_ms"] for process in processes)
         peak = max(process["peak"] or 0 for process in processes)
         sent = ", ".join(f"{kind} {count / MIB:,.0f}" for kind, count in processes[0]["sent"].items())
         scaling = alone[0]["step_ms"] / step if alone else None
-        rows.append([name, len(processes), step, scaling, share, 100 * share / step, peak / MIB, sent])
+        rows.append(
+            [in_words(optimizer, strategy), len(processes), step, scaling, share, 100 * share / step, peak / MIB, sent]
+        )
     columns = ["run", "GPUs", "step, ms", "scaling", "optimizer, ms", "of the step, %", "peak of a GPU, MiB"]
     show([*columns, "given to collectives in a step, MiB"], rows)
     for trained in {processes[0]["trained"] for processes in runs.values()}:
         print(f"trained: {trained:,} numbers\n")
-    write(args.out, head, options={k: str(v) for k, v in vars(args).items()}, runs=runs, failed=failed)
+    named = {in_words(*run): processes for run, processes in runs.items()}
+    write(args.out, head, options={k: str(v) for k, v in vars(args).items()}, runs=named, failed=failed)
     if failed:
         sys.exit(f"failed, see above: {'; '.join(failed)}")
 
