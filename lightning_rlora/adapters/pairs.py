@@ -190,8 +190,9 @@ def is_transposed(pair: LoraPair) -> bool:
 
 
 def is_quantised(pair: LoraPair) -> bool:
-    """Whether the base weight holds packed integers, to which no offset can be added."""
-    return not torch.is_floating_point(base_weight(pair)) or hasattr(base_weight(pair), "quant_state")
+    """Whether the base weight holds packed integers, to which no offset can be added; FSDP shards them as floats."""
+    in_4_bits = getattr(pair.layer.get_base_layer(), "quant_state", None) is not None
+    return in_4_bits or not torch.is_floating_point(base_weight(pair))
 
 
 def with_shared_base(model: nn.Module, pairs: list[LoraPair]) -> list[LoraPair]:

@@ -43,7 +43,7 @@ def shard_base(module: nn.Module, mesh: DeviceMesh) -> None:
         mesh: The processes that share the base, in one dimension.
 
     Raises:
-        UserError: If the base is quantised.
+        UserError: If the base is quantised in another way than bitsandbytes' 4 bits.
     """
     if is_sharded(module):
         return
@@ -76,19 +76,22 @@ def wrap_base(module: nn.Module, **options: Any) -> None:
         options: Of FullyShardedDataParallel.
 
     Raises:
-        UserError: If the base is quantised.
+        UserError: If the base is quantised in another way than bitsandbytes' 4 bits, or its dtypes are mixed.
     """
     if is_sharded(module):
         return
     base, whole = _base_and_whole(module)
     together = set(blocks(base))
-    wrapped = FullyShardedDataParallel(
-        base,
-        ignored_states=whole,
-        use_orig_params=True,
-        auto_wrap_policy=CustomPolicy(lambda part: part in together),
-        **options,
-    )
+    try:
+        wrapped = FullyShardedDataParallel(
+            base,
+            ignored_states=whole,
+            use_orig_params=True,
+            auto_wrap_policy=CustomPolicy(lambda part: part in together),
+            **options,
+        )
+    except ValueError as error:  # it lays the weights of a block in one row
+        raise UserError(f"FSDP1 cannot shard this base ({error}): use strategy fsdp2") from error
     for parent in list(module.modules()):
         for name, child in parent.named_children():
             if child is base and parent is not wrapped:
@@ -124,9 +127,11 @@ def _base_and_whole(module: nn.Module) -> tuple[Any, set[nn.Parameter]]:
     """The base that is to be sharded, and the parameters in it that are not."""
     adapted: Any = find_adapted(module)
     base = adapted.get_base_model() if isinstance(adapted, PeftModel) else adapted
-    if not all(p.is_floating_point() for p in base.parameters()):
+    # in 4 bits bitsandbytes' layers keep the scales of their weights; in 8 bits the weights do, and lose them
+    if not all(p.is_floating_point() or hasattr(p, "quant_state") for p in base.parameters()):
         raise UserError(
-            "a quantised base cannot be sharded: use strategy ddp, with which every process holds all of it"
+            "a base quantised in another way than bitsandbytes' 4 bits cannot be sharded: use quantization 4bit, or "
+            "strategy ddp, with which every process holds all of the base"
         )
     keys = adapter_keys(adapted)
     return base, {p for name, p in adapted.named_parameters(remove_duplicate=False) if name in keys}

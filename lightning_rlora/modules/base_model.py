@@ -129,6 +129,7 @@ def _quantization_config(quantization: str, dtype: torch.dtype) -> Any:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=dtype,
             bnb_4bit_use_double_quant=True,
+            bnb_4bit_quant_storage=dtype,  # the same bytes, which FSDP1 shards beside the other weights
         )
     return BitsAndBytesConfig(load_in_8bit=True)
 
