@@ -8,7 +8,7 @@ of the factors' gradients once a step, and takes the same step as the others.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -158,3 +158,12 @@ def unwrapped(module: nn.Module) -> Iterator[None]:
 def is_sharded(module: nn.Module) -> bool:
     """Whether some of a model's weights are sharded, so that all processes must run it together."""
     return any(isinstance(part, FSDPModule | FullyShardedDataParallel) for part in module.modules())
+
+
+@contextmanager
+def root_gathered(module: nn.Module) -> Iterator[None]:
+    """What FSDP1 shards outside of blocks, whole for a while: `generate` goes past the wrapper that would gather it."""
+    with ExitStack() as stack:
+        for root in FullyShardedDataParallel.fsdp_modules(module, root_only=True):
+            stack.enter_context(FullyShardedDataParallel.summon_full_params(root, recurse=False, writeback=False))
+        yield

@@ -45,15 +45,15 @@ def evaluated(strategy, folder):
         run.predict(module, DataLoader([prompt | {"prompt": ["x"]}], batch_size=None))
     except UserError as error:
         refusal = str(error)
-    return measured, len(module.answers), refusal
+    return measured, module.answers, refusal
 
 
 def test_a_sharded_model_is_measured_and_writes_answers(tmp_path):
-    ddp, fsdp2 = (launch(2, evaluated, name, tmp_path, folder=tmp_path) for name in ("ddp", "fsdp2"))
+    ddp, *sharded = (launch(2, evaluated, name, tmp_path, folder=tmp_path) for name in ("ddp", "fsdp1", "fsdp2"))
     assert ddp[0][0].keys() == {"val/loss", "val/perplexity", "val/accuracy"}
-    for measured, answers, refusal in fsdp2:
+    for measured, answers, refusal in sharded[0] + sharded[1]:
         assert measured == pytest.approx(ddp[0][0], rel=1e-6)
-        assert answers == 2  # one of each process
+        assert answers == ddp[0][1] and len(answers) == 2  # one of each process
         assert "not there to predict with" in refusal
     assert ddp[0][2] == ""
 
