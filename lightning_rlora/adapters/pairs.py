@@ -206,7 +206,7 @@ FSDP1 = "_fsdp_wrapped_module"
 
 
 FSDP1_UNIT = "fsdp1_unit"
-"""Name of the attribute by which a layer knows the wrapper that shards it, the only entry of a tuple."""
+"""Name of the attribute by which a layer knows the wrapper that shards it, a weak reference."""
 
 
 def plain(name: str) -> str:
@@ -221,7 +221,7 @@ def gathered(pair: LoraPair) -> Iterator[None]:
     if unit is None:
         yield
     else:
-        with FullyShardedDataParallel.summon_full_params(unit[0], recurse=False):
+        with FullyShardedDataParallel.summon_full_params(unit(), recurse=False):
             yield
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from typing import Any
+from weakref import ref
 
 from peft import PeftModel
 from torch import nn
@@ -98,7 +99,7 @@ def wrap_base(module: nn.Module, **options: Any) -> None:
                 setattr(parent, name, wrapped)
     for unit in FullyShardedDataParallel.fsdp_modules(wrapped):
         for layer in unit.modules():  # inner units come later
-            setattr(layer, FSDP1_UNIT, (unit,))  # a tuple, so that it does not become a submodule of its own submodule
+            setattr(layer, FSDP1_UNIT, ref(unit))  # no submodule of its own submodule, and no part of a layer's copy
         _leave_state_dict_alone(unit)
 
 

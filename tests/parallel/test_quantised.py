@@ -16,10 +16,12 @@ from lightning_rlora.callbacks import AdapterInit, LocallyOptimalInit
 pytest.importorskip("bitsandbytes")
 NAMES = ("ddp", "fsdp1", "fsdp2")
 CASES = {
-    "LOI": {"starts": lambda: [LocallyOptimalInit(alpha=0.05)]},
-    "LoftQ": {"starts": lambda: [AdapterInit(LoftQ())]},
-    "DoRA": {"starts": list, "dora": True},
-    "in bfloat16, recomputed": {"starts": list, "dtype": "bfloat16", "gradient_checkpointing": True},
+    "LOI, in bfloat16, recomputed": {
+        "start": lambda: LocallyOptimalInit(alpha=0.05),
+        "dtype": "bfloat16",
+        "gradient_checkpointing": True,
+    },
+    "LoftQ, DoRA": {"start": lambda: AdapterInit(LoftQ()), "dora": True},
 }
 
 
@@ -43,9 +45,9 @@ def fit_cases(strategy, folder):
     found = {}
     for name, case in CASES.items():
         options = dict(case)
-        callbacks = options.pop("starts")()
+        start = options.pop("start")()
         module = made(**options)
-        run = trainer(strategy, 2, folder, callbacks=callbacks, max_steps=3)
+        run = trainer(strategy, 2, folder, callbacks=[start], max_steps=3)
         run.fit(module, DataLoader(rows(12), batch_size=2), DataLoader(rows(4), batch_size=2))
         found[name] = trained(module), run.callback_metrics["val/loss"], held(module)
     return found
