@@ -1,5 +1,6 @@
 """What the processes of a run do together; where there is only one, it is left as it is."""
 
+import os
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import TypeVar
@@ -18,6 +19,11 @@ def world_size() -> int:
 def rank() -> int:
     """The number of this process, from 0."""
     return distributed.get_rank() if world_size() > 1 else 0
+
+
+def local_rank() -> int:
+    """The number of this process on its node, from 0; known before the processes have met."""
+    return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
 
 
 def gathered(value: T) -> list[T]:

@@ -66,8 +66,8 @@ def condense(message: str) -> str:
     keys = re.findall(r'Parser key "([^"]+)"', message)
     lines = [line.strip(" -") for line in message.splitlines() if line.strip(" -")]
     causes = [line for line in lines if not _NOISE.match(line)]
-    # the first, unless one lists the values that are allowed
-    cause = max(causes, key=lambda line: "Literal" in line) if causes else lines[-1]
+    # the first, unless one lists the values that are allowed, or names an option that a class does not have
+    cause = max(causes, key=lambda line: "Literal" in line or "not accepted" in line) if causes else lines[-1]
     cause = re.sub(r'^Parser key "[^"]+": ', "", cause)
     cause = re.sub(r"^Expected a dot import path string: (.*)", r"there is no class '\1'", cause)
     given = re.search(r"Given value: (.*)$", message, re.MULTILINE)

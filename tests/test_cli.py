@@ -119,6 +119,11 @@ BAD_INPUT = {
     "configuration with a typo": (["--config", "typo.yaml"], ["bsae"]),
     "missing checkpoint": (["--ckpt_path", "nowhere.ckpt"], ["nowhere.ckpt"]),
     "broken checkpoint": (["--ckpt_path", "broken.ckpt"], ["broken.ckpt"]),
+    "a sharded checkpoint": (["--ckpt_path", "."], ["is a folder", "one file"]),
+    "an option that the strategy does not have": (
+        ["--trainer.strategy", "FSDP2Strategy", "--trainer.strategy.save_distributed_checkpoint", "true"],
+        ["trainer.strategy: Option 'save_distributed_checkpoint' is not accepted"],
+    ),
     "a file in the folder's place": (["--trainer.default_root_dir", "data.jsonl"], ["data.jsonl"]),
 }
 

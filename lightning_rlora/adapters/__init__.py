@@ -28,7 +28,7 @@ from lightning_rlora.adapters.offset import (
     track_offsets,
 )
 from lightning_rlora.adapters.pairs import LoraPair, LoraScan, find_pairs, matrix, scan
-from lightning_rlora.adapters.sharding import is_sharded, shard_base, unwrapped, wrap_base
+from lightning_rlora.adapters.sharding import is_sharded, root_gathered, shard_base, unwrapped, wrap_base
 from lightning_rlora.adapters.starts import LoftQ, OLoRA, Passes, PiSSA, Start, Stiefel, renew_magnitude
 from lightning_rlora.adapters.state import adapter_keys, check_adapter, keep_adapter, read_checkpoint
 
@@ -69,6 +69,7 @@ __all__ = [
     "read_points",
     "refuse_trained",
     "renew_magnitude",
+    "root_gathered",
     "scan",
     "shard_base",
     "subtract_start",

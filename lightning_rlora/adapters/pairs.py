@@ -190,8 +190,9 @@ def is_transposed(pair: LoraPair) -> bool:
 
 
 def is_quantised(pair: LoraPair) -> bool:
-    """Whether the base weight holds packed integers, to which no offset can be added."""
-    return not torch.is_floating_point(base_weight(pair)) or hasattr(base_weight(pair), "quant_state")
+    """Whether the base weight holds packed integers, to which no offset can be added; FSDP shards them as floats."""
+    in_4_bits = getattr(pair.layer.get_base_layer(), "quant_state", None) is not None
+    return in_4_bits or not torch.is_floating_point(base_weight(pair))
 
 
 def with_shared_base(model: nn.Module, pairs: list[LoraPair]) -> list[LoraPair]:
@@ -205,7 +206,7 @@ FSDP1 = "_fsdp_wrapped_module"
 
 
 FSDP1_UNIT = "fsdp1_unit"
-"""Name of the attribute by which a layer knows the wrapper that shards it, the only entry of a tuple."""
+"""Name of the attribute by which a layer knows the wrapper that shards it, a weak reference."""
 
 
 def plain(name: str) -> str:
@@ -220,7 +221,7 @@ def gathered(pair: LoraPair) -> Iterator[None]:
     if unit is None:
         yield
     else:
-        with FullyShardedDataParallel.summon_full_params(unit[0], recurse=False):
+        with FullyShardedDataParallel.summon_full_params(unit(), recurse=False):
             yield
 
 

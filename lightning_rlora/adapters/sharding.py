@@ -8,9 +8,10 @@ of the factors' gradients once a step, and takes the same step as the others.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from typing import Any
+from weakref import ref
 
 from peft import PeftModel
 from torch import nn
@@ -43,7 +44,7 @@ def shard_base(module: nn.Module, mesh: DeviceMesh) -> None:
         mesh: The processes that share the base, in one dimension.
 
     Raises:
-        UserError: If the base is quantised.
+        UserError: If the base is quantised in another way than bitsandbytes' 4 bits.
     """
     if is_sharded(module):
         return
@@ -76,26 +77,29 @@ def wrap_base(module: nn.Module, **options: Any) -> None:
         options: Of FullyShardedDataParallel.
 
     Raises:
-        UserError: If the base is quantised.
+        UserError: If the base is quantised in another way than bitsandbytes' 4 bits, or its dtypes are mixed.
     """
     if is_sharded(module):
         return
     base, whole = _base_and_whole(module)
     together = set(blocks(base))
-    wrapped = FullyShardedDataParallel(
-        base,
-        ignored_states=whole,
-        use_orig_params=True,
-        auto_wrap_policy=CustomPolicy(lambda part: part in together),
-        **options,
-    )
+    try:
+        wrapped = FullyShardedDataParallel(
+            base,
+            ignored_states=whole,
+            use_orig_params=True,
+            auto_wrap_policy=CustomPolicy(lambda part: part in together),
+            **options,
+        )
+    except ValueError as error:  # it lays the weights of a block in one row
+        raise UserError(f"FSDP1 cannot shard this base ({error}): use strategy fsdp2") from error
     for parent in list(module.modules()):
         for name, child in parent.named_children():
             if child is base and parent is not wrapped:
                 setattr(parent, name, wrapped)
     for unit in FullyShardedDataParallel.fsdp_modules(wrapped):
         for layer in unit.modules():  # inner units come later
-            setattr(layer, FSDP1_UNIT, (unit,))  # a tuple, so that it does not become a submodule of its own submodule
+            setattr(layer, FSDP1_UNIT, ref(unit))  # no submodule of its own submodule, and no part of a layer's copy
         _leave_state_dict_alone(unit)
 
 
@@ -124,9 +128,11 @@ def _base_and_whole(module: nn.Module) -> tuple[Any, set[nn.Parameter]]:
     """The base that is to be sharded, and the parameters in it that are not."""
     adapted: Any = find_adapted(module)
     base = adapted.get_base_model() if isinstance(adapted, PeftModel) else adapted
-    if not all(p.is_floating_point() for p in base.parameters()):
+    # in 4 bits bitsandbytes' layers keep the scales of their weights; in 8 bits the weights do, and lose them
+    if not all(p.is_floating_point() or hasattr(p, "quant_state") for p in base.parameters()):
         raise UserError(
-            "a quantised base cannot be sharded: use strategy ddp, with which every process holds all of it"
+            "a base quantised in another way than bitsandbytes' 4 bits cannot be sharded: use quantization 4bit, or "
+            "strategy ddp, with which every process holds all of the base"
         )
     keys = adapter_keys(adapted)
     return base, {p for name, p in adapted.named_parameters(remove_duplicate=False) if name in keys}
@@ -153,3 +159,12 @@ def unwrapped(module: nn.Module) -> Iterator[None]:
 def is_sharded(module: nn.Module) -> bool:
     """Whether some of a model's weights are sharded, so that all processes must run it together."""
     return any(isinstance(part, FSDPModule | FullyShardedDataParallel) for part in module.modules())
+
+
+@contextmanager
+def root_gathered(module: nn.Module) -> Iterator[None]:
+    """What FSDP1 shards outside of blocks, whole for a while: `generate` goes past the wrapper that would gather it."""
+    with ExitStack() as stack:
+        for root in FullyShardedDataParallel.fsdp_modules(module, root_only=True):
+            stack.enter_context(FullyShardedDataParallel.summon_full_params(root, recurse=False, writeback=False))
+        yield

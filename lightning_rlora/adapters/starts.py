@@ -14,9 +14,19 @@ import torch
 from peft import PeftModel
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lightning_rlora.adapters.gauge import write_point
-from lightning_rlora.adapters.pairs import LoraPair, base_weight, gathered, is_quantised, is_transposed, matrix, whole
+from lightning_rlora.adapters.pairs import (
+    FSDP1,
+    LoraPair,
+    base_weight,
+    gathered,
+    is_quantised,
+    is_transposed,
+    matrix,
+    whole,
+)
 from lightning_rlora.errors import UserError
 from lightning_rlora.geometry import Point
 
@@ -134,11 +144,11 @@ class LoftQ(Start):
                 raise UserError(f"LoftQ starts from the error of quantisation, and layer {pair.name} is not quantised")
         adapted: Any = model
         quantised = adapted.get_base_model() if isinstance(model, PeftModel) else adapted
-        exact = dict(_before_quantisation(quantised).named_modules())
+        exact = dict(_before_quantisation(getattr(quantised, FSDP1, quantised)).named_modules())
         for pair in pairs:
             weight: Any = exact[pair.name.removeprefix("base_model.model.")].weight
-            base: Any = pair.layer.get_base_layer()
-            rounded = dequantize_module_weight(base)
+            with whole_base(pair):
+                rounded = dequantize_module_weight(pair.layer.get_base_layer())
             error = weight.to(pair.b) - rounded.to(pair.b)
             u, s, vt = torch.linalg.svd(error.mT if is_transposed(pair) else error, full_matrices=False)
             r = pair.shape[2]
@@ -171,12 +181,15 @@ def whole_base(pair: LoraPair) -> Iterator[None]:
 
     Of a weight that is sharded over processes this is the only way to see it, outside the model's own passes.
     """
-    if is_quantised(pair):  # never sharded, and more than its numbers
-        yield
-        return
     with gathered(pair):
-        layer, weight = pair.layer.get_base_layer(), base_weight(pair)
-        layer.weight = nn.Parameter(whole(weight.detach()).clone(), requires_grad=False)
+        layer: Any = pair.layer.get_base_layer()
+        weight = base_weight(pair)
+        if not is_quantised(pair):
+            layer.weight = nn.Parameter(whole(weight.detach()).clone(), requires_grad=False)
+        elif isinstance(weight, DTensor):  # in 4 bits: the layer has kept the scales
+            from bitsandbytes.nn import Params4bit
+
+            layer.weight = Params4bit(whole(weight.detach()), quant_state=layer.quant_state, bnb_quantized=True)
         try:
             yield
         finally:

@@ -84,8 +84,10 @@ def read_checkpoint(path: str | os.PathLike, map_location: Any = "cpu") -> dict[
     """The contents of a checkpoint file: tensors and plain data, no code.
 
     Raises:
-        UserError: If the file does not exist, is truncated, or holds more than tensors and plain data.
+        UserError: If the file does not exist, is a folder or truncated, or holds more than tensors and plain data.
     """
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a folder, as sharded checkpoints are: name a checkpoint of this program, one file")
     if not Path(path).is_file():
         raise UserError(f"there is no checkpoint {path}")
     try:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightning_rlora.assets import resolve
+from lightning_rlora.collectives import local_rank
 from lightning_rlora.errors import UserError
 
 if TYPE_CHECKING:
@@ -73,8 +74,9 @@ def _load(
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code, **config}
     if quantization is not None:
         options |= {"quantization_config": _quantization_config(quantization, options["dtype"])}
-        if not torch.cuda.is_available():
-            options["device_map"] = "cpu"
+        # transformers would load, and quantise, the bases of all processes of a node on its first GPU
+        gpus = torch.cuda.device_count()
+        options["device_map"] = {"": local_rank() % gpus if gpus else "cpu"}
     try:
         model, info = auto_class.from_pretrained(resolve(base), output_loading_info=True, **options)
     except UserError:
@@ -129,6 +131,7 @@ def _quantization_config(quantization: str, dtype: torch.dtype) -> Any:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=dtype,
             bnb_4bit_use_double_quant=True,
+            bnb_4bit_quant_storage=dtype,  # the same bytes, which FSDP1 shards beside the other weights
         )
     return BitsAndBytesConfig(load_in_8bit=True)
 

@@ -13,7 +13,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.text import Perplexity
 
-from lightning_rlora.adapters import PeftConfig, config_fields, is_sharded
+from lightning_rlora.adapters import PeftConfig, config_fields, is_sharded, root_gathered
 from lightning_rlora.errors import UserError
 from lightning_rlora.modules.adapted_model import AdaptedModel
 from lightning_rlora.modules.answers import gathered, judged
@@ -169,12 +169,13 @@ class CausalLM(AdaptedModel):
         ]
 
     def _complete(self, batch: dict[str, Any]) -> list[str]:
-        ids = self.model.generate(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            max_new_tokens=self.max_new_tokens,
-            do_sample=False,
-            pad_token_id=self.tokenizer.pad_token_id,
-            synced_gpus=is_sharded(self.model),  # the others wait for those whose answers are longer
-        )
+        with root_gathered(self.model):
+            ids = self.model.generate(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                max_new_tokens=self.max_new_tokens,
+                do_sample=False,
+                pad_token_id=self.tokenizer.pad_token_id,
+                synced_gpus=is_sharded(self.model),  # the others wait for those whose answers are longer
+            )
         return self.tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)

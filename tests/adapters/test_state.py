@@ -101,7 +101,7 @@ def test_reading_a_checkpoint(tmp_path):
 def test_a_missing_checkpoint(tmp_path):
     with pytest.raises(UserError, match="there is no checkpoint"):
         read_checkpoint(tmp_path / "none.ckpt")
-    with pytest.raises(UserError, match="there is no checkpoint"):
+    with pytest.raises(UserError, match="is a folder, as sharded checkpoints are"):
         read_checkpoint(tmp_path)
 
 

@@ -105,6 +105,23 @@ def test_quantised_bases_train_on_the_cpu(quantization, tmp_path):
     assert losses[-1] < losses[0] - 0.5
 
 
+@pytest.mark.parametrize(("gpus", "device"), [(4, 2), (1, 0), (0, "cpu")])
+def test_every_process_quantises_on_its_own_device(gpus, device, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    asked = []
+
+    def from_pretrained(*args, **options):
+        asked.append(options["device_map"])
+        raise OSError("nothing is loaded")
+
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    with pytest.raises(UserError, match="cannot load"):
+        CausalLM(adapter=ADAPTER, quantization="4bit")
+    assert asked == [{"": device}]
+
+
 def test_what_is_not_quantised_has_the_dtype_asked_for():
     """In float32, as PEFT's preparation for k-bit training leaves it, activations would take twice the memory."""
     pytest.importorskip("bitsandbytes")

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lightning_rlora.adapters import PiSSA, find_pairs, shard_base, track_offsets
+from lightning_rlora.adapters import PiSSA, find_pairs, shard_base, track_offsets, wrap_base
 from lightning_rlora.adapters.offset import get_offset
 from lightning_rlora.callbacks import AdapterExport, AdapterInit, AdapterOnlyCheckpoint, SpectrumMonitor
 from lightning_rlora.errors import UserError
@@ -158,8 +158,12 @@ def refused(folder):
         Riemannion(factors)
     model = TinyLM(torch.float32).model
     find_pairs(model)[0].layer.base_layer.weight = nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), False)
-    with pytest.raises(UserError, match="quantised base cannot be sharded"):
+    with pytest.raises(UserError, match="cannot be sharded: use quantization 4bit, or strategy ddp"):
         shard_base(model, mesh)
+    mixed = TinyLM(torch.float32)
+    mixed.model.base_model.model.transformer.h[0].ln_1.bfloat16()
+    with pytest.raises(UserError, match=r"FSDP1 cannot shard this base \(.*uniform dtype.*\): use strategy fsdp2"):
+        wrap_base(mixed, device_id=torch.device("cpu"))
 
 
 def test_what_cannot_be_sharded_is_refused(tmp_path):
