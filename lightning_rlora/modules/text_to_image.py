@@ -14,7 +14,7 @@ from torchmetrics import MeanMetric
 from lightning_rlora.adapters import PeftConfig, config_fields, merge_adapter
 from lightning_rlora.errors import UserError
 from lightning_rlora.modules.adapted_model import AdaptedModel
-from lightning_rlora.modules.conditions import check_lengths, conditions
+from lightning_rlora.modules.conditions import Conditions, check_lengths
 from lightning_rlora.modules.diffusion_pipeline import load_pipeline
 from lightning_rlora.modules.latents import LatentCache
 from lightning_rlora.modules.noise_loss import add_noise, draw_noise, min_snr_weights, velocity, weighted_loss
@@ -125,6 +125,7 @@ class TextToImage(AdaptedModel):
         self.text_encoder = loaded.text_encoder
         self.text_encoder_2 = getattr(loaded, "text_encoder_2", None)
         self.latents = LatentCache(loaded.vae, enabled=cache_latents)
+        self.conditions = Conditions(loaded, truncate=truncate_prompts)
         self.min_snr_gamma = min_snr_gamma
         self.noise_offset = noise_offset
         self.evaluation_draws = evaluation_draws
@@ -156,7 +157,7 @@ class TextToImage(AdaptedModel):
         self._alphas_cumprod = self._alphas_cumprod.to(latents.device)
         noise, times = draw_noise(latents, len(self._alphas_cumprod), generator, offset=offset)
         alpha_bar = self._alphas_cumprod[times]
-        told = conditions(self.pipeline, batch, truncate=self.truncate_prompts)
+        told = self.conditions(batch)
         noisy = add_noise(latents, noise, alpha_bar).to(self.pipeline.unet.dtype)
         prediction = self.model(noisy, times, **told).sample
         target = noise if self.prediction == "epsilon" else velocity(latents, noise, alpha_bar)

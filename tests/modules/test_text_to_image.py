@@ -17,7 +17,7 @@ from lightning_rlora.adapters import EVA, PiSSA, export_adapter
 from lightning_rlora.adapters.pairs import base_weight
 from lightning_rlora.init import LoRAGA
 from lightning_rlora.modules.checkpoint import load_module, save_pretrained
-from lightning_rlora.modules.conditions import conditions
+from lightning_rlora.modules.conditions import KEPT
 
 KINDS = ["sd15", "sd2", "sdxl"]
 ADAPTER = {"r": 2, "lora_alpha": 4}
@@ -130,11 +130,30 @@ def test_sdxl_is_told_sizes_and_crops(folders):
     module, data = TextToImage(folders["sdxl"], ADAPTER), batch(0, size=2, height=16, width=24)
     data["original_size"] = torch.tensor([[40, 50], [60, 70]])
     data["crop_top_left"] = torch.tensor([[1, 2], [3, 4]])
-    told = conditions(module.pipeline, data, truncate=False)["added_cond_kwargs"]["time_ids"]
+    told = module.conditions(data)["added_cond_kwargs"]["time_ids"]
     assert told.tolist() == [[40, 50, 1, 2, 16, 24], [60, 70, 3, 4, 16, 24]]
     del data["original_size"], data["crop_top_left"]
-    told = conditions(module.pipeline, data, truncate=False)["added_cond_kwargs"]["time_ids"]
+    told = module.conditions(data)["added_cond_kwargs"]["time_ids"]
     assert told.tolist() == [[16, 24, 0, 0, 16, 24]] * 2
+
+
+def test_prompts_are_encoded_once(folders, monkeypatch):
+    module, seen = TextToImage(folders["sdxl"], ADAPTER), []
+    encode = module.pipeline.encode_prompt
+    monkeypatch.setattr(module.pipeline, "encode_prompt", lambda *args, **more: seen.append(1) or encode(*args, **more))
+    with torch.inference_mode():
+        first = module.conditions(batch(0))["encoder_hidden_states"]
+    again = module.conditions(batch(1))["encoder_hidden_states"]  # other pictures, the same prompts
+    assert torch.equal(again, first) and not again.is_inference() and len(seen) == 1
+    assert torch.equal(again, encode(batch(0)["prompt"], do_classifier_free_guidance=False)[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        module.conditions(batch(0))
+    assert len(seen) == 2
+    for number in range(KEPT):
+        module.conditions(batch(0) | {"prompt": [f"a cat {'red ' * (number % 4)}{'dog ' * (number // 4)}"] * 4})
+    assert len(seen) == 2 + KEPT
+    module.conditions(batch(0))
+    assert len(seen) == 3 + KEPT  # no more than so many are kept
 
 
 def test_only_the_adapter_trains_and_only_it_is_saved(folders, tmp_path):
