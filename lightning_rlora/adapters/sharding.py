@@ -91,7 +91,9 @@ def wrap_base(module: nn.Module, **options: Any) -> None:
             auto_wrap_policy=CustomPolicy(lambda part: part in together),
             **options,
         )
-    except ValueError as error:  # it lays the weights of a block in one row
+    except ValueError as error:
+        if "dtype" not in str(error):  # it lays the weights of a block in one row
+            raise
         raise UserError(f"FSDP1 cannot shard this base ({error}): use strategy fsdp2") from error
     for parent in list(module.modules()):
         for name, child in parent.named_children():

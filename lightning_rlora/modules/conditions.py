@@ -51,7 +51,7 @@ class Conditions:
 
     def _encoded(self, prompts: list[str], device: torch.device) -> tuple[Tensor, ...]:
         precision = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-        key = (*prompts, device, precision)
+        key = (*prompts, device, precision, self._pipeline.text_encoder.dtype)
         if key not in self._kept:
             if len(self._kept) == KEPT:
                 self._kept.pop(next(iter(self._kept)))

@@ -58,6 +58,22 @@ def test_a_sharded_model_is_measured_and_writes_answers(tmp_path):
     assert ddp[0][2] == ""
 
 
+def written_alone(strategy, folder):
+    """What `rlora test` does: the wrappers have seen no training."""
+    torch.manual_seed(0)
+    module = CausalLM(adapter={"r": 2, "lora_alpha": 2}, max_new_tokens=4)
+    run = trainer(strategy, 2, folder, use_distributed_sampler=False)
+    prompt = {"input_ids": torch.arange(2, 8)[None], "attention_mask": torch.ones(1, 6, dtype=torch.int64)}
+    question = {"task": ["gsm8k"], "number": [run.global_rank], "prompt": ["x"], "choices": [[]], "gold": ["1"]}
+    run.test(module, DataLoader([prompt | question], batch_size=None), verbose=False)
+    return module.answers
+
+
+def test_a_sharded_model_writes_answers_without_a_training(tmp_path):
+    ddp, fsdp1 = (launch(2, written_alone, name, tmp_path, folder=tmp_path) for name in ("ddp", "fsdp1"))
+    assert fsdp1[0] == ddp[0] and len(ddp[0]) == 2
+
+
 def test_the_command_line_takes_its_own_strategy_for_fsdp(tmp_path):
     """Lightning's own refuses a CPU."""
 
