@@ -138,7 +138,7 @@ def run_config(job: Job, device: str) -> Config:
     quiet = {
         "trainer": {"enable_progress_bar": False, "enable_model_summary": False},
         "checkpoint": {"save_top_k": 0, "save_last": False},
-        "spectrum": {"every_n_steps": job.run.steps + 1},
+        "spectrum": {"every_n_steps": None},
     }
     config = merge(quiet, job.config)
     callbacks = config["trainer"].get("callbacks") or []

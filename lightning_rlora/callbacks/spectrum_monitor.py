@@ -116,14 +116,14 @@ class SpectrumMonitor(Callback):
     for rank 64: measure more rarely there.
 
     Args:
-        every_n_steps: Optimizer steps from one measurement to the next.
+        every_n_steps: Optimizer steps from one measurement to the next; None measures nothing, and writes no files.
 
     Raises:
         UserError: If `every_n_steps` is not positive.
     """
 
-    def __init__(self, every_n_steps: int = 10) -> None:
-        if every_n_steps < 1:
+    def __init__(self, every_n_steps: int | None = 10) -> None:
+        if every_n_steps is not None and every_n_steps < 1:
             raise UserError(f"every_n_steps = {every_n_steps} of SpectrumMonitor must be positive")
         self.every_n_steps = every_n_steps
         self._pairs: list[LoraPair] = []
@@ -132,13 +132,14 @@ class SpectrumMonitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the adapters."""
-        self._pairs = scan(pl_module).pairs
+        self._pairs = scan(pl_module).pairs if self.every_n_steps is not None else []
         self._start = trainer.global_step
         self._last = None
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Measure, if it is time."""
-        if trainer.global_step % self.every_n_steps == 0 and trainer.is_global_zero:
+        interval = self.every_n_steps
+        if interval is not None and trainer.global_step % interval == 0 and trainer.is_global_zero:
             self._record(trainer, measure_pairs(self._pairs))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -195,6 +195,11 @@ def test_needs_a_positive_interval_and_records_nothing_without_adapters(tmp_path
     assert not list(tmp_path.iterdir())
 
 
+def test_without_an_interval_nothing_is_measured(tmp_path):
+    fit(tmp_path, callbacks=[SpectrumMonitor(None)], max_steps=2)
+    assert not list(tmp_path.glob("spectrum*"))
+
+
 def test_plots_with_zeros_and_other_ranks_can_be_drawn(tmp_path):
     path = tmp_path / "spectrum.csv"
     path.write_text(
