@@ -54,6 +54,9 @@ def _run(number: int, count: int, port: int, folder: Path, function: Callable[..
             "TORCHELASTIC_RUN_ID": "test",
             "GLOO_SOCKET_IFNAME": "lo",
         }
+    # torch renews its thread pool at the first use after a fork, and fails where two threads come first at once, such
+    # as those that load a model's weights
+    torch.set_num_threads(torch.get_num_threads())
     status = 1
     try:
         torch.save(function(*args), folder / f"{number}.result")
