@@ -92,8 +92,9 @@ def wrap_base(module: nn.Module, **options: Any) -> None:
             **options,
         )
     except ValueError as error:
-        if "dtype" not in str(error):  # it lays the weights of a block in one row
+        if "dtype" not in str(error):
             raise
+        # it lays the weights of a block in one row, which has one dtype
         raise UserError(f"FSDP1 cannot shard this base ({error}): use strategy fsdp2") from error
     for parent in list(module.modules()):
         for name, child in parent.named_children():

@@ -2,26 +2,12 @@
 
 import pytest
 import torch
-from fits import STRATEGIES
-from lightning.pytorch import Trainer
+from embedded_runs import PROMPT, question, rows, trainer
 from lightning.pytorch.callbacks import Callback
 from processes import launch
 from torch.utils.data import DataLoader
 
 from lightning_rlora import CausalLM, UserError
-
-
-def rows(count, length=12):
-    ids = torch.randint(2, 4096, (count, length), generator=torch.Generator().manual_seed(1))
-    return [{"input_ids": row, "labels": row, "attention_mask": torch.ones_like(row)} for row in ids]
-
-
-def trainer(strategy, count, folder, **options):
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    quiet |= {"enable_model_summary": False, "num_sanity_val_steps": 0}
-    return Trainer(
-        accelerator="cpu", devices=count, strategy=STRATEGIES[strategy](), default_root_dir=folder, **quiet | options
-    )
 
 
 class Answers(Callback):
@@ -36,13 +22,10 @@ def evaluated(strategy, folder):
     run = trainer(strategy, 2, folder, max_steps=1, callbacks=[Answers()], use_distributed_sampler=False)
     run.fit(module, DataLoader(rows(2), batch_size=2), DataLoader(rows(6), batch_size=3))
     measured = {name: float(value) for name, value in run.callback_metrics.items() if name.startswith("val/")}
-    prompt = {"input_ids": torch.arange(2, 8)[None], "attention_mask": torch.ones(1, 6, dtype=torch.int64)}
-    question = {name: ["x"] for name in ("task", "number", "prompt", "choices", "gold")}
-    question |= {"task": ["gsm8k"], "number": [run.global_rank], "choices": [[]], "gold": ["1"]}
-    run.test(module, DataLoader([prompt | question], batch_size=None), verbose=False)
+    run.test(module, DataLoader([question(run.global_rank)], batch_size=None), verbose=False)
     refusal = ""
     try:
-        run.predict(module, DataLoader([prompt | {"prompt": ["x"]}], batch_size=None))
+        run.predict(module, DataLoader([PROMPT], batch_size=None))
     except UserError as error:
         refusal = str(error)
     return measured, module.answers, refusal
@@ -63,9 +46,7 @@ def written_alone(strategy, folder):
     torch.manual_seed(0)
     module = CausalLM(adapter={"r": 2, "lora_alpha": 2}, max_new_tokens=4)
     run = trainer(strategy, 2, folder, use_distributed_sampler=False)
-    prompt = {"input_ids": torch.arange(2, 8)[None], "attention_mask": torch.ones(1, 6, dtype=torch.int64)}
-    question = {"task": ["gsm8k"], "number": [run.global_rank], "prompt": ["x"], "choices": [[]], "gold": ["1"]}
-    run.test(module, DataLoader([prompt | question], batch_size=None), verbose=False)
+    run.test(module, DataLoader([question(run.global_rank)], batch_size=None), verbose=False)
     return module.answers
 
 

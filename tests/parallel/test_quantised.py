@@ -4,8 +4,8 @@ import os
 
 import pytest
 import torch
+from embedded_runs import rows, trainer
 from processes import launch
-from test_modules import rows, trainer
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
