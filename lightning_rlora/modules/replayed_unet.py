@@ -44,15 +44,19 @@ class ReplayedUNet:
     def _record(self, inputs: tuple[Tensor, ...], names: list[str]) -> Callable[..., Tensor]:
         call = _Call(self._unet, names)
         examples = tuple(x.clone() for x in inputs)  # where every later call puts its own
+        device = inputs[0].device
         # a weight that autocast has cast before must be cast inside the graph, or its value would stay
         dtype = torch.get_autocast_dtype("cuda")
-        with torch.autocast("cuda", dtype, enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False):
+        autocast = torch.autocast("cuda", dtype, enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False)
+        # torch runs the passes a few times first, for which dropout draws: a resumed run records at another step
+        with autocast, torch.random.fork_rng([device] if device.type == "cuda" else []):
             made = torch.cuda.make_graphed_callables(call, examples, allow_unused_input=True, pool=self._memory)
         return cast(Callable[..., Tensor], made)
 
     def own_gradients(self) -> None:
         """Puts gradients into memory of their own, before the next backward pass writes to where they are now."""
         reached = [parameter for parameter in self._trained if parameter.grad is not None]
+        # one kernel for all copies
         copies = torch._foreach_mul([parameter.grad for parameter in reached], 1.0)  # type: ignore[misc]
         for parameter, gradient in zip(reached, copies, strict=True):
             parameter.grad = gradient

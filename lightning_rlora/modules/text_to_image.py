@@ -70,10 +70,10 @@ class TextToImage(AdaptedModel):
             with optimizers of torch's kind, not with those that move A and B together.
         dtype: Of the frozen weights; the adapter's are float32 in any case.
         gradient_checkpointing: Recompute the UNet's activations in the backward pass to save memory.
-        cuda_graphs: Replay the UNet's passes from CUDA graphs while it trains: the same numbers, up to rounding, in less
-            time where a GPU waits for Python, as an H200 does with Stable Diffusion 1.5 for two thirds of a step. Every
-            shape of batch is recorded when it first comes, which takes the memory of a step once more, and which a data
-            loader that pins memory can disturb. For a single process, and not with gradient_checkpointing; where
+        cuda_graphs: Replay the UNet's passes from CUDA graphs while it trains: the same numbers, up to rounding, in
+            less time where a GPU waits for Python, as an H200 does with Stable Diffusion 1.5 for two thirds of a step.
+            Every shape of batch is recorded when it first comes, which takes the memory of a step once more, and which
+            a data loader that pins memory can disturb. For a single process, and not with gradient_checkpointing; where
             `training_step` is overridden, each forward pass needs its backward pass before the next one.
         min_snr_gamma: Bound of min-SNR weighting (arXiv 2303.09556); 5 is the authors' advice. By default every time
             counts the same.

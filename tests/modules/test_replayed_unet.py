@@ -31,16 +31,16 @@ class Replays(Callback):
         self.recorded = 0 if pl_module._replayed is None else len(pl_module._replayed._recorded)
 
 
-def fitted(folder, root, *, cuda_graphs, accelerator="gpu", callbacks=(), optimizer=None, **options):
+def fitted(folder, root, *, cuda_graphs, accelerator="gpu", callbacks=(), optimizer=None, dropout=0.0, **options):
     torch.manual_seed(0)
     module = TextToImage(
         folder,
-        ADAPTER,
+        ADAPTER | {"lora_dropout": dropout},
         optimizer=optimizer or (lambda groups: torch.optim.AdamW(groups, lr=1e-2)),
         lr_scheduler=lambda made: LinearWithWarmup(made, warmup=0.2),
         cuda_graphs=cuda_graphs,
     )
-    settings = {"max_steps": 8, "val_check_interval": 4, "check_val_every_n_epoch": None} | options
+    settings = {"max_steps": 12, "val_check_interval": 4, "check_val_every_n_epoch": None} | options
     trainer = Trainer(
         accelerator=accelerator,
         devices=1,
@@ -75,14 +75,40 @@ def test_it_is_refused_beside_recomputed_activations(folders):
         TextToImage(folders["sd15"], ADAPTER, cuda_graphs=True, gradient_checkpointing=True)
 
 
+def recorder(call, examples, **_):
+    """What torch's recorder does, without a graph: results and gradients lie where the next call puts its own."""
+    trained = [parameter for parameter in call.parameters() if parameter.requires_grad]
+    gradients = [torch.zeros_like(parameter) for parameter in trained]
+
+    class Replay(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, count, *tensors):
+            for example, given in zip(examples, tensors[:count], strict=True):
+                example.copy_(given)
+            with torch.enable_grad():
+                ctx.result = call(*examples)
+            return ctx.result.detach()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            for place, found in zip(gradients, torch.autograd.grad(ctx.result, trained, gradient), strict=True):
+                place.copy_(found)
+            return None, *(None for _ in examples), *(place.detach() for place in gradients)
+
+    return lambda *inputs: Replay.apply(len(inputs), *inputs, *trained)
+
+
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
-def test_what_is_recorded_is_the_unet_itself(kind, folders, tmp_path, monkeypatch):
-    """With a recorder that calls what it is given: on a CPU, all but the graphs."""
-    launched = fitted(folders[kind], tmp_path, cuda_graphs=False, accelerator="cpu")
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_what_is_recorded_is_the_unet_itself(kind, accumulate, folders, tmp_path, monkeypatch):
+    """On a CPU, all but the graphs."""
+    options = {"accelerator": "cpu", "accumulate_grad_batches": accumulate, "max_steps": 12 // accumulate}
+    options["val_check_interval"] = 4 * accumulate
+    launched = fitted(folders[kind], tmp_path, cuda_graphs=False, **options)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
-    monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda call, examples, **_: call)
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", recorder)
     monkeypatch.setattr(TextToImage, "on_fit_start", AdaptedModel.on_fit_start)
-    replayed = fitted(folders[kind], tmp_path, cuda_graphs=True, accelerator="cpu")
+    replayed = fitted(folders[kind], tmp_path, cuda_graphs=True, **options)
     assert far(replayed[0], launched[0]) == 0
     assert replayed[1] == launched[1]
     assert (launched[2], replayed[2]) == (0, 3)  # batches of 4 and of 3, and the evaluated ones
@@ -96,7 +122,7 @@ def test_what_is_recorded_is_the_unet_itself(kind, folders, tmp_path, monkeypatc
 )
 def test_the_weights_are_those_of_a_launched_run(kind, precision, accumulate, tolerance, folders, tmp_path):
     options = {"precision": precision, "accumulate_grad_batches": accumulate, "val_check_interval": 4 * accumulate}
-    options["max_steps"] = 8 // accumulate
+    options["max_steps"] = 12 // accumulate
     launched, loss, none = fitted(folders[kind], tmp_path, cuda_graphs=False, **options)
     replayed, replayed_loss, recorded = fitted(folders[kind], tmp_path, cuda_graphs=True, **options)
     assert (none, recorded) == (0, 3)  # batches of 4 and of 3, and the evaluated ones
@@ -115,3 +141,9 @@ def test_a_start_from_gradients_comes_before_the_recording(folders, tmp_path):
         for replay in (False, True)
     ]
     assert far(runs[1][0], runs[0][0]) < 1e-2
+
+
+@pytest.mark.gpu
+def test_dropout_takes_the_same_masks(folders, tmp_path):
+    runs = [fitted(folders["sd15"], tmp_path, cuda_graphs=replay, dropout=0.3) for replay in (False, True)]
+    assert far(runs[1][0], runs[0][0]) < 1e-3
