@@ -35,6 +35,8 @@ class Riemannion(FixedRankOptimizer):
         adamw_lr: Learning rate of AdamW groups that bring none.
         min_singular_value: Floor of X's singular values. Under 16-mixed precision use 1e-6: smaller factors lose digits
             in float16.
+        relative: Whether `lr` is in units of each base weight's size, the root mean square of its singular values,
+            which `for_model` and the modules measure; otherwise it is in units of the weights.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Riemannion(FixedRankOptimizer):
         max_tangent_norm: float | None = None,
         adamw_lr: float = 1e-4,
         min_singular_value: float = 1e-14,
+        relative: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -55,6 +58,7 @@ class Riemannion(FixedRankOptimizer):
                 "momentum": momentum,
                 "weight_decay": weight_decay,
                 "min_singular_value": min_singular_value,
+                "relative": relative,
             },
             max_tangent_norm=max_tangent_norm,
             adamw_lr=adamw_lr,

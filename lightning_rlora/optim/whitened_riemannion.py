@@ -41,6 +41,8 @@ class WhitenedRiemannion(FixedRankOptimizer):
         adamw_lr: Learning rate of AdamW groups that bring none.
         min_singular_value: Floor of the singular values of X~. Under 16-mixed precision use 1e-6: smaller factors lose
             digits in float16.
+        relative: Whether `lr` is in units of each base weight's size, the root mean square of its singular values,
+            which `for_model` and the modules measure; otherwise it is in units of the weights.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class WhitenedRiemannion(FixedRankOptimizer):
         max_tangent_norm: float | None = None,
         adamw_lr: float = 1e-4,
         min_singular_value: float = 1e-14,
+        relative: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -65,6 +68,7 @@ class WhitenedRiemannion(FixedRankOptimizer):
                 "curvature_decay": curvature_decay,
                 "curvature_floor": curvature_floor,
                 "min_singular_value": min_singular_value,
+                "relative": relative,
             },
             max_tangent_norm=max_tangent_norm,
             adamw_lr=adamw_lr,
