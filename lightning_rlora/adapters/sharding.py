@@ -20,8 +20,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_s
 from torch.distributed.fsdp.wrap import CustomPolicy
 
 from lightning_rlora.adapters.adapt import find_adapted
-from lightning_rlora.adapters.base_size import note_base_sizes
-from lightning_rlora.adapters.pairs import FSDP1, FSDP1_UNIT, scan
+from lightning_rlora.adapters.pairs import FSDP1, FSDP1_UNIT
 from lightning_rlora.adapters.state import adapter_keys
 from lightning_rlora.errors import UserError
 
@@ -102,7 +101,8 @@ def wrap_base(module: nn.Module, **options: Any) -> None:
                 setattr(parent, name, wrapped)
     for unit in FullyShardedDataParallel.fsdp_modules(wrapped):
         for layer in unit.modules():  # inner units come later
-            setattr(layer, FSDP1_UNIT, ref(unit))  # no submodule of its own submodule, and no part of a layer's copy
+            # weak: no submodules of their own submodule, and no part of a layer's copy
+            setattr(layer, FSDP1_UNIT, (ref(unit), ref(wrapped)))
         _leave_state_dict_alone(unit)
 
 
@@ -137,7 +137,6 @@ def _base_and_whole(module: nn.Module) -> tuple[Any, set[nn.Parameter]]:
             "a base quantised in another way than bitsandbytes' 4 bits cannot be sharded: use quantization 4bit, or "
             "strategy ddp, with which every process holds all of the base"
         )
-    note_base_sizes(scan(adapted).pairs)
     keys = adapter_keys(adapted)
     return base, {p for name, p in adapted.named_parameters(remove_duplicate=False) if name in keys}
 

@@ -97,17 +97,25 @@ class FixedRankOptimizer(Optimizer):
         return optimizer
 
     def measure_base(self, model: nn.Module) -> None:
-        """Take the sizes of the base weights as units of what groups with `relative` have for a rate.
+        """Take the sizes of the base weights as units of the rates of groups that have `relative`.
 
         Args:
             model: The model whose pairs are in the groups, or a module that contains it.
+
+        Raises:
+            UserError: If a group has pairs that the model does not train.
         """
         groups = [group for group in self.param_groups if group.get("relative") and group["algorithm"] != "adamw"]
-        if groups:
-            sizes = {pair.a: base_size(pair) for pair in scan(model).pairs}
-            for group in groups:
-                group["units"] = [sizes[a] for a in group["params"][::2]]
-            self._drop_graphed()
+        if not groups:
+            return
+        pairs = {pair.a: pair for pair in scan(model).pairs}
+        for group in groups:
+            found = [pairs.get(a) for a in group["params"][::2]]
+            if None in found:
+                raise UserError("relative rates need the model whose pairs the optimizer has, and this is another one")
+            # a step has 2r singular values of one, so a Frobenius norm of sqrt(2r)
+            group["units"] = [base_size(pair) / (2 * pair.shape[2]) ** 0.5 for pair in found if pair is not None]
+        self._drop_graphed()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; zero factors in it get a tiny start on the manifold, which keeps the function to rounding."""

@@ -5,10 +5,8 @@ import copy
 import pytest
 import torch
 from peft_layers import adapted, hand_over, products, random_gradients
-from torch import nn
 
 from lightning_rlora.adapters import base_size, find_pairs
-from lightning_rlora.adapters.base_size import note_base_sizes
 from lightning_rlora.adapters.pairs import base_weight
 from lightning_rlora.errors import UserError
 from lightning_rlora.optim import Riemannion, WhitenedRiemannion, parameter_groups
@@ -24,26 +22,6 @@ def steps(optimizer, model, count, seed=1):
     return products(model)
 
 
-def test_a_size_is_the_root_mean_square_of_the_singular_values():
-    model = adapted(torch.float64)
-    for pair in find_pairs(model):
-        values = torch.linalg.svdvals(base_weight(pair).detach().flatten(1))
-        assert base_size(pair) == pytest.approx(values.square().mean().sqrt().item(), rel=1e-14)
-    pair = find_pairs(model)[0]
-    nn.init.zeros_(base_weight(pair))
-    assert base_size(pair) == 1
-
-
-def test_a_size_that_was_noted_stays():
-    pair, other = find_pairs(adapted())[:2]
-    before = base_size(pair)
-    note_base_sizes([pair])
-    for one in (pair, other):
-        base_weight(one).data.mul_(2)
-    assert base_size(pair) == before
-    assert base_size(other) == pytest.approx(2 * base_size(find_pairs(adapted())[1]))
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_pair_steps_in_its_own_unit(kind):
     options = {"momentum": 0.7, "max_tangent_norm": 3.0}
@@ -54,8 +32,8 @@ def test_every_pair_steps_in_its_own_unit(kind):
         {
             "params": [pair.a, pair.b],
             "scaling": pair.scaling,
-            "lr": 0.3 * base_size(pair),
-            "weight_decay": 0.2 / base_size(pair),
+            "lr": 0.3 * base_size(pair) / 6**0.5,
+            "weight_decay": 0.2 / (base_size(pair) / 6**0.5),
         }
         for pair in find_pairs(by_hand)
     ]
@@ -84,8 +62,19 @@ def test_sizes_are_asked_for():
     optimizer = Riemannion(parameter_groups(model), lr=0.1, relative=True)
     with pytest.raises(UserError, match="for_model"):
         steps(optimizer, model, 1)
+    with pytest.raises(UserError, match="another one"):
+        optimizer.measure_base(copy.deepcopy(model))
     optimizer.measure_base(model)
     steps(optimizer, model, 1)
+
+
+def test_what_adamw_trains_has_no_unit():
+    model = adapted()
+    optimizer = Riemannion.for_model(model, lr=0.1, relative=True)
+    assert [("units" in group, group["algorithm"]) for group in optimizer.param_groups] == [
+        (True, "riemannion"),
+        (False, "adamw"),
+    ]
 
 
 def test_a_rate_is_absolute_unless_it_is_said():
