@@ -9,6 +9,7 @@ from lightning_rlora.adapters.adapt import (
     float32_heads,
     load_adapter,
 )
+from lightning_rlora.adapters.base_size import base_size
 from lightning_rlora.adapters.data_starts import EVA, CorDA
 from lightning_rlora.adapters.export import export_adapter, merge_adapter
 from lightning_rlora.adapters.gauge import (
@@ -49,6 +50,7 @@ __all__ = [
     "adapter_config",
     "adapter_keys",
     "balanced_factors",
+    "base_size",
     "check_adapter",
     "check_shiftable",
     "config_fields",

@@ -206,7 +206,7 @@ FSDP1 = "_fsdp_wrapped_module"
 
 
 FSDP1_UNIT = "fsdp1_unit"
-"""Name of the attribute by which a layer knows the wrapper that shards it, a weak reference."""
+"""Name of the attribute by which a layer knows the wrapper that shards it, and the one around all: weak references."""
 
 
 def plain(name: str) -> str:
@@ -217,11 +217,14 @@ def plain(name: str) -> str:
 @contextmanager
 def gathered(pair: LoraPair) -> Iterator[None]:
     """The base weight, of which FSDP1 leaves a process a flat part, as it is without; what is written to it lasts."""
-    unit = getattr(pair.layer.get_base_layer(), FSDP1_UNIT, None)
-    if unit is None:
+    wrappers = getattr(pair.layer.get_base_layer(), FSDP1_UNIT, None)
+    if wrappers is None:
         yield
     else:
-        with FullyShardedDataParallel.summon_full_params(unit(), recurse=False):
+        unit, root = (wrapper() for wrapper in wrappers)
+        # before the first pass FSDP1 would take whatever is gathered first for the root; asked for that, it finds it
+        FullyShardedDataParallel.fsdp_modules(root, root_only=True)
+        with FullyShardedDataParallel.summon_full_params(unit, recurse=False):
             yield
 
 

@@ -102,7 +102,8 @@ def wrap_base(module: nn.Module, **options: Any) -> None:
                 setattr(parent, name, wrapped)
     for unit in FullyShardedDataParallel.fsdp_modules(wrapped):
         for layer in unit.modules():  # inner units come later
-            setattr(layer, FSDP1_UNIT, ref(unit))  # no submodule of its own submodule, and no part of a layer's copy
+            # weak: no submodules of their own submodule, and no part of a layer's copy
+            setattr(layer, FSDP1_UNIT, (ref(unit), ref(wrapped)))
         _leave_state_dict_alone(unit)
 
 

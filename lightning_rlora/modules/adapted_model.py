@@ -180,9 +180,11 @@ class AdaptedModel(LightningModule, ABC):
             optimizer = make(parameter_groups(self.model))
         else:
             optimizer = lora_plus(self.model, make, self.lr_ratio)
-        if isinstance(optimizer, FixedRankOptimizer) and self.trainer.precision == "16-mixed":
-            for group in optimizer.param_groups:
-                group["min_singular_value"] = max(group["min_singular_value"], 1e-6)
+        if isinstance(optimizer, FixedRankOptimizer):
+            optimizer.measure_base(self.model)
+            if self.trainer.precision == "16-mixed":
+                for group in optimizer.param_groups:
+                    group["min_singular_value"] = max(group["min_singular_value"], 1e-6)
         if self._scheduler_factory is None:
             return optimizer
         scheduler = _with_refusals(self._scheduler_factory, "learning-rate scheduler")(optimizer)

@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_rlora.geometry import RANK_TOLERANCE
 from lightning_rlora.geometry.gram import polar_factor, polar_factor_by_eigh
 from lightning_rlora.optim.anchors import MOVED, sketch, stands, turn
-from lightning_rlora.optim.groups import HYPERPARAMETERS, PairInGroup
+from lightning_rlora.optim.groups import HYPERPARAMETERS, PairInGroup, unit_factors
 from lightning_rlora.optim.sides import (
     Sides,
     Velocity,
@@ -41,8 +41,8 @@ class Batch:
             shapes[pair.b.shape, pair.a.shape].append(pair)
         self.pairs = [pair for members in shapes.values() for pair in members]
         # in the order of `Sides`: the left sides of all pairs, then the right sides
-        stacks = [[b for _, b, _ in members] for members in shapes.values()]
-        stacks += [[a for a, _, _ in members] for members in shapes.values()]
+        stacks = [[b for _, b, *_ in members] for members in shapes.values()]
+        stacks += [[a for a, *_ in members] for members in shapes.values()]
         self._shapes = [(len(stack), *stack[0].shape) for stack in stacks]
         self._factors = [factor for stack in stacks for factor in stack]
         self._states = [state[factor] for factor in self._factors]
@@ -52,7 +52,7 @@ class Batch:
             _tall([[state[factor]["momentum"] for factor in stack] for stack in stacks]),
         )
         self._bases = bases(self._sides)
-        self._numbers = _numbers([pair.group for pair in self.pairs], self._bases.root.device)
+        self._numbers = _numbers(self.pairs, self._bases.root.device)
         self._algorithm = pairs[0].group["algorithm"]
         self._simulates_adam = self._algorithm == "sgd" and pairs[0].group["simulate_adam"]
 
@@ -148,10 +148,10 @@ def _tall(stacks: list[list[Tensor]]) -> list[Tensor]:
     return [*stacked[:lefts], *(x.mT for x in stacked[lefts:])]
 
 
-def _numbers(groups: list[dict[str, Any]], device: torch.device) -> dict[str, Tensor]:
-    """Hyperparameters of every pair, each (L, 1, 1) in float64, from the pairs' groups."""
-    rows = {id(group): [float(number(group)) for number in HYPERPARAMETERS.values()] for group in groups}
+def _numbers(pairs: list[PairInGroup], device: torch.device) -> dict[str, Tensor]:
+    """Hyperparameters of every pair, each (L, 1, 1) in float64."""
+    rows = {id(pair.group): [float(number(pair.group)) for number in HYPERPARAMETERS.values()] for pair in pairs}
     places = {group: place for place, group in enumerate(rows)}
     table = torch.tensor(list(rows.values()), dtype=torch.float64)
-    table = table[torch.tensor([places[id(group)] for group in groups])].to(device)
-    return dict(zip(HYPERPARAMETERS, table.view(len(groups), -1, 1, 1).unbind(1), strict=True))
+    table = table[torch.tensor([places[id(pair.group)] for pair in pairs])] * unit_factors(pairs)
+    return dict(zip(HYPERPARAMETERS, table.to(device).view(len(pairs), -1, 1, 1).unbind(1), strict=True))

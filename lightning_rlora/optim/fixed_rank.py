@@ -13,12 +13,19 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_rlora.adapters import base_size, scan
 from lightning_rlora.adapters.gauge import start_factors
 from lightning_rlora.errors import Diverged, UserError
 from lightning_rlora.optim.adamw import adamw_step
 from lightning_rlora.optim.anchors import sketch_rows
 from lightning_rlora.optim.batched import Batch
-from lightning_rlora.optim.groups import PairInGroup, check_full_rank, groups_with_pairs, pairs_of_new_group
+from lightning_rlora.optim.groups import (
+    PairInGroup,
+    check_full_rank,
+    groups_with_pairs,
+    pairs_in_group,
+    pairs_of_new_group,
+)
 from lightning_rlora.optim.whitened_batch import WhitenedBatch
 
 if TYPE_CHECKING:
@@ -85,7 +92,30 @@ class FixedRankOptimizer(Optimizer):
         Raises:
             UserError: If the model has no LoRA pairs to train.
         """
-        return cls(groups_with_pairs(model), **options)
+        optimizer = cls(groups_with_pairs(model), **options)
+        optimizer.measure_base(model)
+        return optimizer
+
+    def measure_base(self, model: nn.Module) -> None:
+        """Take the sizes of the base weights as units of the rates of groups that have `relative`.
+
+        Args:
+            model: The model whose pairs are in the groups, or a module that contains it.
+
+        Raises:
+            UserError: If a group has pairs that the model does not train.
+        """
+        groups = [group for group in self.param_groups if group.get("relative") and group["algorithm"] != "adamw"]
+        if not groups:
+            return
+        pairs = {pair.a: pair for pair in scan(model).pairs}
+        for group in groups:
+            found = [pairs.get(a) for a in group["params"][::2]]
+            if None in found:
+                raise UserError("relative rates need the model whose pairs the optimizer has, and this is another one")
+            # a step has 2r singular values of one, so a Frobenius norm of sqrt(2r)
+            group["units"] = [base_size(pair) / (2 * pair.shape[2]) ** 0.5 for pair in found if pair is not None]
+        self._drop_graphed()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; zero factors in it get a tiny start on the manifold, which keeps the function to rounding."""
@@ -173,7 +203,7 @@ class FixedRankOptimizer(Optimizer):
         """Pairs with gradients and state, in batches that step together."""
         alike: dict[Hashable, list[PairInGroup]] = defaultdict(list)
         for pair in pairs:
-            a, _, group = pair
+            a, _, group, _ = pair
             options = (group["simulate_adam"], group.get("curvature_decay"), group.get("curvature_floor"))
             alike[len(a), a.dtype, a.device, group["algorithm"], options].append(pair)
         return [
@@ -233,12 +263,7 @@ class FixedRankOptimizer(Optimizer):
         return [group for group in self.param_groups if group["algorithm"] == "adamw"]
 
     def _all_pairs(self) -> list[PairInGroup]:
-        return [
-            PairInGroup(a, b, group)
-            for group in self.param_groups
-            if group["algorithm"] != "adamw"
-            for a, b in _pairs(group["params"])
-        ]
+        return [pair for group in self.param_groups if group["algorithm"] != "adamw" for pair in pairs_in_group(group)]
 
     def _pairs_with_gradients(self) -> list[PairInGroup]:
         found = [pair for pair in self._all_pairs() if pair.a.grad is not None and pair.b.grad is not None]
@@ -251,7 +276,7 @@ class FixedRankOptimizer(Optimizer):
         return start_factors(pair.b, pair.a, pair.group["scaling"], self._generator)
 
     def _init_state(self, pair: PairInGroup) -> None:
-        a, b, group = pair
+        a, b, group, _ = pair
         for factor in (a, b):
             state = self.state[factor]
             if "momentum" not in state:
@@ -276,10 +301,6 @@ class FixedRankOptimizer(Optimizer):
         if self.max_tangent_norm is None or norm <= self.max_tangent_norm:
             return 1.0
         return self.max_tangent_norm / norm
-
-
-def _pairs(params: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(params[::2], params[1::2], strict=True)
 
 
 def can_be_graphed(factors: list[Tensor]) -> bool:

@@ -1,9 +1,11 @@
 """Parameter groups: LoRA pairs on the manifold, everything else that trains, and what a step reads of them."""
 
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Sequence
+from itertools import repeat
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -47,11 +49,38 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
 
 
 class PairInGroup(NamedTuple):
-    """A pair of factors, and the parameter group it belongs to."""
+    """A pair of factors, the parameter group it belongs to, and the unit in which that group's rate counts for it."""
 
     a: Tensor
     b: Tensor
     group: dict[str, Any]
+    unit: float = 1.0
+
+
+def unit_factors(pairs: Sequence[PairInGroup]) -> Tensor:
+    """What the numbers of a pair's group are multiplied by for the pair, (pairs, HYPERPARAMETERS), float64.
+
+    A rate counts in the pair's unit. Weight decay shrinks X by rate times decay, which has no unit.
+    """
+    powers = torch.tensor([{"lr": 1.0, "weight_decay": -1.0}.get(name, 0.0) for name in HYPERPARAMETERS])
+    return torch.tensor([[pair.unit] for pair in pairs], dtype=torch.float64) ** powers
+
+
+def pairs_in_group(group: dict[str, Any]) -> Iterator[PairInGroup]:
+    """The pairs of a group of pairs.
+
+    Raises:
+        UserError: If its rate is relative, and nothing is known of the weights that it is relative to.
+    """
+    params = group["params"]
+    units = group.get("units") if group.get("relative") else repeat(1.0, len(params) // 2)
+    if units is None:
+        raise UserError(
+            "relative rates need the sizes of the base weights: make the optimizer by for_model(model), call its "
+            "measure_base(model), or give relative=False"
+        )
+    for a, b, unit in zip(params[::2], params[1::2], units, strict=True):
+        yield PairInGroup(a, b, group, unit)
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:

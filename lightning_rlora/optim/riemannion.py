@@ -35,6 +35,10 @@ class Riemannion(FixedRankOptimizer):
         adamw_lr: Learning rate of AdamW groups that bring none.
         min_singular_value: Floor of X's singular values. Under 16-mixed precision use 1e-6: smaller factors lose digits
             in float16.
+        relative: Whether `lr` is the Frobenius norm of a step's orthogonalised momentum in units of the base weight's
+            size, the root mean square of its singular values, so that one rate serves every rank, shape and width;
+            0.1 is a rate to begin with. The modules and `for_model` measure the sizes, as `measure_base` does. Weight
+            decay goes by `lr` alone, and the AdamW groups' rates stay as they are.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class Riemannion(FixedRankOptimizer):
         max_tangent_norm: float | None = None,
         adamw_lr: float = 1e-4,
         min_singular_value: float = 1e-14,
+        relative: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -55,6 +60,7 @@ class Riemannion(FixedRankOptimizer):
                 "momentum": momentum,
                 "weight_decay": weight_decay,
                 "min_singular_value": min_singular_value,
+                "relative": relative,
             },
             max_tangent_norm=max_tangent_norm,
             adamw_lr=adamw_lr,

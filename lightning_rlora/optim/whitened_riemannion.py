@@ -41,6 +41,10 @@ class WhitenedRiemannion(FixedRankOptimizer):
         adamw_lr: Learning rate of AdamW groups that bring none.
         min_singular_value: Floor of the singular values of X~. Under 16-mixed precision use 1e-6: smaller factors lose
             digits in float16.
+        relative: Whether `lr` is the Frobenius norm of a step's orthogonalised momentum in units of the base weight's
+            size, the root mean square of its singular values, so that one rate serves every rank, shape and width;
+            0.1 is a rate to begin with. The modules and `for_model` measure the sizes, as `measure_base` does. Weight
+            decay goes by `lr` alone, and the AdamW groups' rates stay as they are.
     """
 
     def __init__(
@@ -54,6 +58,7 @@ class WhitenedRiemannion(FixedRankOptimizer):
         max_tangent_norm: float | None = None,
         adamw_lr: float = 1e-4,
         min_singular_value: float = 1e-14,
+        relative: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -65,6 +70,7 @@ class WhitenedRiemannion(FixedRankOptimizer):
                 "curvature_decay": curvature_decay,
                 "curvature_floor": curvature_floor,
                 "min_singular_value": min_singular_value,
+                "relative": relative,
             },
             max_tangent_norm=max_tangent_norm,
             adamw_lr=adamw_lr,

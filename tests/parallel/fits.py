@@ -24,7 +24,7 @@ from lightning_rlora.strategies import FSDP1Strategy
 
 GLOBAL_BATCH = 6
 OPTIMIZERS = {
-    "Riemannion": {"optimizer": lambda params: Riemannion(params, lr=0.05)},
+    "Riemannion": {"optimizer": lambda params: Riemannion(params, lr=0.05, relative=True)},
     "RiemannianSGD": {"optimizer": lambda params: RiemannianSGD(params, lr=0.5)},
     "AdamW": {"optimizer": lambda params: torch.optim.AdamW(params, lr=0.01)},
     "LoRA+": {"optimizer": lambda params: torch.optim.AdamW(params, lr=0.002), "lr_ratio": 8.0},

@@ -13,7 +13,7 @@ from lightning_rlora.optim.anchors import MOVED, sketch_rows, stands
 from lightning_rlora.optim.cuda import products, small_matrices
 from lightning_rlora.optim.cuda.small_kernels import cholesky
 from lightning_rlora.optim.cuda.tall_passes import TallPasses
-from lightning_rlora.optim.groups import HYPERPARAMETERS, PairInGroup
+from lightning_rlora.optim.groups import HYPERPARAMETERS, PairInGroup, unit_factors
 from lightning_rlora.optim.two_pass import (
     RANGE_FLOOR,
     SMALLEST_SQUARE,
@@ -64,7 +64,7 @@ class Bucket:
         self._copies: list[Tensor | None] = []
         places = {id(group): place for place, group in enumerate(groups)}
         group_of = torch.tensor([places[id(pair.group)] for pair in pairs], device=self._device)
-        self._hyperparameters = hyperparameters, group_of
+        self._hyperparameters = hyperparameters, group_of, unit_factors(pairs).to(self._device)
 
         k = sketch_rows(self._rank)
         self._anchors = torch.zeros(len(self.factors), k, self._rank, device=self._device)
@@ -134,8 +134,8 @@ class Bucket:
 
     def begin(self) -> None:
         """Reads what the host has filled in."""
-        table, group_of = self._hyperparameters
-        self._numbers = table[group_of]
+        table, group_of, factors = self._hyperparameters
+        self._numbers = table[group_of] * factors
         self._active = self.passes.table[1, ::2] != 0
 
     def _gram(self, gradient_weight: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
