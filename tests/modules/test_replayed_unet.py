@@ -36,7 +36,8 @@ def fitted(folder, root, *, cuda_graphs, accelerator="gpu", callbacks=(), optimi
     module = TextToImage(
         folder,
         ADAPTER | {"lora_dropout": dropout},
-        optimizer=optimizer or (lambda groups: torch.optim.AdamW(groups, lr=1e-2)),
+        # not Adam, which makes steps of the rate's size from gradients that are but rounding
+        optimizer=optimizer or (lambda groups: torch.optim.SGD(groups, lr=1.0, momentum=0.9)),
         lr_scheduler=lambda made: LinearWithWarmup(made, warmup=0.2),
         cuda_graphs=cuda_graphs,
     )
@@ -63,6 +64,12 @@ def fitted(folder, root, *, cuda_graphs, accelerator="gpu", callbacks=(), optimi
 def far(one, two):
     assert one.keys() == two.keys()
     return max(((one[key] - two[key]).norm() / two[key].norm().clamp_min(1e-12)).item() for key in one)
+
+
+def updates(factors):
+    """The products B A, by names of B: singular vectors may come with other signs."""
+    pairs = {name: name.replace("lora_B", "lora_A") for name in factors if "lora_B" in name}
+    return {left: factors[left] @ factors[right] for left, right in pairs.items()}
 
 
 def test_it_is_refused_without_a_gpu(folders, tmp_path):
@@ -140,10 +147,13 @@ def test_a_start_from_gradients_comes_before_the_recording(folders, tmp_path):
         fitted(folders["sd15"], tmp_path, cuda_graphs=replay, callbacks=[LocallyOptimalInit()], optimizer=optimizer)
         for replay in (False, True)
     ]
-    assert far(runs[1][0], runs[0][0]) < 1e-2
+    difference = far(updates(runs[1][0]), updates(runs[0][0]))
+    print(f"updates {difference:.2g}, loss {runs[1][1] - runs[0][1]:.2g}")
+    assert difference < 1e-2
 
 
 @pytest.mark.gpu
 def test_dropout_takes_the_same_masks(folders, tmp_path):
     runs = [fitted(folders["sd15"], tmp_path, cuda_graphs=replay, dropout=0.3) for replay in (False, True)]
+    print(f"weights {far(runs[1][0], runs[0][0]):.2g}")
     assert far(runs[1][0], runs[0][0]) < 1e-3
