@@ -26,7 +26,7 @@ ADAMW: dict[str, Make] = {
 RIEMANNION: dict[str, Make] = {"Riemannion": lambda groups: Riemannion(groups, lr=1e-3, momentum=0.9)}
 VARIANTS: dict[str, Make] = {
     "Riemannion, clipped": lambda groups: Riemannion(groups, lr=1e-3, momentum=0.9, max_tangent_norm=1.0),
-    "WhitenedRiemannion": lambda groups: WhitenedRiemannion(groups, lr=1e-3, momentum=0.9),
+    "WhitenedRiemannion": lambda groups: WhitenedRiemannion(groups, lr=1e-3, momentum=0.9, relative=False),
     "RiemannianSGD": lambda groups: RiemannianSGD(groups, lr=1e-3, momentum=0.9),
     "RiemannianSGD, simulate_adam": lambda groups: RiemannianSGD(groups, lr=1e-3, momentum=0.9, simulate_adam=True),
 }

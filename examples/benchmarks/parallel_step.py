@@ -26,7 +26,7 @@ from lightning_rlora import CausalLM, Riemannion, WhitenedRiemannion
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "AdamW": lambda params: torch.optim.AdamW(params, lr=1e-4, fused=True),
     "Riemannion": lambda params: Riemannion(params, lr=1e-4),
-    "WhitenedRiemannion": lambda params: WhitenedRiemannion(params, lr=1e-4),
+    "WhitenedRiemannion": lambda params: WhitenedRiemannion(params, lr=1e-4, relative=False),
 }
 SIZES = {"Float": 4, "BFloat16": 2, "Half": 2, "Double": 8, "Byte": 1, "Int": 4, "Long": 8, "Bool": 1}
 

@@ -30,8 +30,8 @@ class WhitenedRiemannion(FixedRankOptimizer):
 
     Args:
         params: As for `Riemannion`.
-        lr: Spectral norm of a step's orthogonalised momentum in the frame; since the roots have mean 1, in units of the
-            weights.
+        lr: Frobenius norm of a step's orthogonalised momentum in the frame (where, since the roots have mean 1, things
+            have the weights' size), in units of the base weight's size; see `relative`.
         momentum: Share of the momentum kept at each step.
         weight_decay: Rate at which X shrinks (times lr); for AdamW groups their decoupled weight decay.
         curvature_decay: Share of the curvatures' mean squares kept at each step.
@@ -41,16 +41,16 @@ class WhitenedRiemannion(FixedRankOptimizer):
         adamw_lr: Learning rate of AdamW groups that bring none.
         min_singular_value: Floor of the singular values of X~. Under 16-mixed precision use 1e-6: smaller factors lose
             digits in float16.
-        relative: Whether `lr` is the Frobenius norm of a step's orthogonalised momentum in units of the base weight's
-            size, the root mean square of its singular values, so that one rate serves every rank, shape and width;
-            0.1 is a rate to begin with. The modules and `for_model` measure the sizes, as `measure_base` does. Weight
-            decay goes by `lr` alone, and the AdamW groups' rates stay as they are.
+        relative: Whether `lr` counts in units of the base weight's size, the root mean square of its singular values,
+            so that one rate serves every rank, shape and width. The modules and `for_model` measure the sizes, as
+            `measure_base` does. Weight decay goes by `lr` alone, and the AdamW groups' rates stay as they are. Without
+            it `lr` is the step's spectral norm in units of the weights, as that of `Riemannion` is.
     """
 
     def __init__(
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]],
-        lr: float = 1e-2,
+        lr: float = 0.2,
         momentum: float = 0.8,
         weight_decay: float = 0.0,
         curvature_decay: float = 0.98,
@@ -58,7 +58,7 @@ class WhitenedRiemannion(FixedRankOptimizer):
         max_tangent_norm: float | None = None,
         adamw_lr: float = 1e-4,
         min_singular_value: float = 1e-14,
-        relative: bool = False,
+        relative: bool = True,
     ) -> None:
         super().__init__(
             params,

@@ -133,7 +133,7 @@ def test_pefts_zero_start_is_left_alone_until_it_is_a_point(tmp_path):
 
 
 def whitened(module):
-    return WhitenedRiemannion.for_model(module, lr=0.2)
+    return WhitenedRiemannion.for_model(module, lr=0.2, relative=False)
 
 
 @pytest.mark.parametrize("make", [*OURS.values(), whitened], ids=[*OURS, "whitened"])

@@ -13,7 +13,7 @@ from lightning_rlora.optim import RiemannianSGD, Riemannion, WhitenedRiemannion
 
 OPTIMIZERS = {
     "riemannion": lambda model: Riemannion.for_model(model, lr=0.05, adamw_lr=1e-3),
-    "whitened": lambda model: WhitenedRiemannion.for_model(model, lr=0.05, adamw_lr=1e-3),
+    "whitened": lambda model: WhitenedRiemannion.for_model(model, lr=0.05, relative=False, adamw_lr=1e-3),
     "sgd": lambda model: RiemannianSGD.for_model(model, lr=0.3, adamw_lr=1e-3),
     "simulated adam": lambda model: RiemannianSGD.for_model(model, lr=0.05, simulate_adam=True, adamw_lr=1e-3),
 }

@@ -37,7 +37,7 @@ def test_every_pair_steps_in_its_own_unit(kind):
         }
         for pair in find_pairs(by_hand)
     ]
-    expected = steps(kind(groups, **options), by_hand, 4)
+    expected = steps(kind(groups, relative=False, **options), by_hand, 4)
     assert len({group["lr"] for group in groups}) == 5
     for one, other in zip(got, expected, strict=True):
         assert (one - other).norm() < 1e-12 * other.norm()  # measured 1e-15
@@ -84,6 +84,10 @@ def test_a_rate_is_absolute_unless_it_is_said():
         base_weight(pair).data.mul_(3)
     one, other = (steps(Riemannion.for_model(m, lr=0.1), m, 2) for m in (model, twin))
     assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
+
+
+def test_that_of_the_whitened_one_is_relative():
+    assert "units" in WhitenedRiemannion.for_model(adapted()).param_groups[0]
 
 
 @pytest.mark.gpu

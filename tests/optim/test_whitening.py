@@ -18,6 +18,7 @@ from lightning_rlora.optim.whitening import row_weights
 
 R = 3
 OPTIONS = {"lr": 0.02, "momentum": 0.8, "weight_decay": 0.1}
+ABSOLUTE = OPTIONS | {"relative": False}  # in the unit of the dense iteration
 DTYPES = [pytest.param(torch.float64, id="float64"), pytest.param(torch.float32, id="float32")]
 
 
@@ -36,7 +37,7 @@ def the_gradients(model, steps):
 
 
 def run(model, gradients, *, optimizer=None, before_step=lambda step, pairs: None):
-    optimizer = optimizer or WhitenedRiemannion.for_model(model, **OPTIONS)
+    optimizer = optimizer or WhitenedRiemannion.for_model(model, **ABSOLUTE)
     pairs = find_pairs(model)
     for number, step in enumerate(gradients):
         before_step(number, pairs)
@@ -148,7 +149,7 @@ def test_with_equal_curvatures_it_is_riemannion(dtype):
         generator = torch.Generator().manual_seed(0)
         a, b, *gradients = torch.randn(32, 5, 5, generator=generator, dtype=torch.float64)
         a, b = (nn.Parameter(x.to(dtype)) for x in (a, b))
-        optimizer = kind([{"params": [a, b]}], **OPTIONS)
+        optimizer = kind([{"params": [a, b]}], **ABSOLUTE)
         for g in torch.linalg.qr(torch.stack(gradients)).Q.to(dtype):
             a.grad, b.grad = b.detach().mT @ g, g @ a.detach().mT
             optimizer.step()
@@ -168,7 +169,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_to_the_bit():
     file.seek(0)
     saved = torch.load(file, weights_only=True)
     resumed = adapted(seed=5)
-    fresh = WhitenedRiemannion.for_model(resumed, **OPTIONS)
+    fresh = WhitenedRiemannion.for_model(resumed, **ABSOLUTE)
     resumed.load_state_dict(saved["model"])
     fresh.load_state_dict(saved["optimizer"])
     run(resumed, gradients[5:], optimizer=fresh)
@@ -183,7 +184,7 @@ def test_the_state_of_riemannion_is_refused():
     model = adapted()
     other = run(model, the_gradients(model, 1), optimizer=Riemannion.for_model(model, **OPTIONS))
     with pytest.raises(UserError, match="another optimizer"):
-        WhitenedRiemannion.for_model(model, **OPTIONS).load_state_dict(other.state_dict())
+        WhitenedRiemannion.for_model(model, **ABSOLUTE).load_state_dict(other.state_dict())
 
 
 def test_the_state_has_a_number_for_every_row_and_column_more():
@@ -201,7 +202,7 @@ def test_steps_without_a_gradient_at_the_start_change_nothing():
     """No curvature is known then, and none is made up."""
     model, twin = adapted(torch.float64), adapted(torch.float64)
     gradients = the_gradients(model, 10)
-    options = OPTIONS | {"weight_decay": 0.0}
+    options = ABSOLUTE | {"weight_decay": 0.0}
     nothing = [[torch.zeros_like(g) for g in gradients[0]]] * 3
     optimizer = run(model, nothing, optimizer=WhitenedRiemannion.for_model(model, **options))
     assert worst_error(products(model), [whitened_start(x) for x in products(twin)]) < 1e-13
@@ -220,7 +221,7 @@ def test_small_matrices_and_singular_values_far_apart(dtype, shape):
     root = torch.tensor([1.0, 1e-1, 1e-2], dtype=torch.float64)
     b, a = (nn.Parameter(x.to(dtype)) for x in (point.u * root, (point.v * root).mT.contiguous()))
     dense = whitened_start((b.double() @ a.double()).detach())
-    optimizer = WhitenedRiemannion([{"params": [a, b]}], **OPTIONS)
+    optimizer = WhitenedRiemannion([{"params": [a, b]}], **ABSOLUTE)
     for g in spread_gradients(*shape, 15):
         b.grad, a.grad = ((x.detach().double()).to(dtype) for x in (g @ a.double().mT, b.double().mT @ g))
         optimizer.step()
@@ -301,7 +302,7 @@ def test_clips_to_the_norm_in_its_own_metric():
     gradients = the_gradients(model, 6)
     gradients[3] = [1e4 * g for g in gradients[3]]
     threshold, scales = 20.0, []
-    optimizer = WhitenedRiemannion.for_model(model, max_tangent_norm=threshold, **OPTIONS)
+    optimizer = WhitenedRiemannion.for_model(model, max_tangent_norm=threshold, **ABSOLUTE)
     run(model, gradients, optimizer=optimizer)
     points = [whitened_start(x) for x in products(twin)]
     for step in gradients:
@@ -350,7 +351,7 @@ def test_groups_of_other_algorithms_and_options_step_beside_it():
             {"params": [p.a, p.b], "scaling": p.scaling} | change
             for p, change in zip(find_pairs(model), changes, strict=True)
         ]
-        return run(model, gradients, optimizer=kind(groups, **OPTIONS))
+        return run(model, gradients, optimizer=kind(groups, **ABSOLUTE))
 
     by_hand(model, WhitenedRiemannion, {}, {"algorithm": "riemannion"}, {"curvature_decay": 0.5}, {}, {"lr": 0.1})
     by_hand(twin, WhitenedRiemannion, *[{}] * 5)

@@ -47,7 +47,9 @@ JITFunction.run = compile_only
 products._by_kernels = lambda x: True
 rank = int(sys.argv[1])
 for make, kind in ((Riemannion, Bucket), (WhitenedRiemannion, WhitenedBucket)):
-    optimizer = build(make, [Shapes(1.0, rank, [(2 * rank + 32, 4 * rank), (rank + 3, 99)])], torch.float32, lr=0.01)
+    optimizer = build(
+        make, [Shapes(1.0, rank, [(2 * rank + 32, 4 * rank), (rank + 3, 99)])], torch.float32, lr=0.01, relative=False
+    )
     hand_over([optimizer], random_gradients(optimizer, torch.Generator().manual_seed(0)))
     optimizer.step()
     group = optimizer.param_groups[0]

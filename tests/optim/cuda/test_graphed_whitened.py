@@ -23,6 +23,11 @@ SEVERAL = [*SMALL, Shapes(0.5, 8, [(24, 20)]), Shapes(1.0, 16, [(40, 33)]), Shap
 OPTIONS = {"lr": 0.01, "weight_decay": 0.1}
 
 
+def whitened(groups, **options):
+    """In the unit of the iteration on full matrices."""
+    return WhitenedRiemannion(groups, relative=False, **options)
+
+
 def uneven_gradients(optimizer, generator):
     """With rows and columns of sizes from 0.01 to 1, the same at every step."""
     found = []
@@ -77,7 +82,7 @@ def assert_same_bits(optimizer, other):
 def uneven_groups(groups, **options):
     """Riemannion, and two kinds of means, in one optimizer."""
     changes = [{}, {"algorithm": "riemannion"}, {"curvature_decay": 0.5, "curvature_floor": 0.1}]
-    return WhitenedRiemannion([group | change for group, change in zip(groups, changes, strict=True)], **options)
+    return whitened([group | change for group, change in zip(groups, changes, strict=True)], **options)
 
 
 def rank_one(g):
@@ -118,8 +123,8 @@ class TestInterpreted:
     @pytest.mark.parametrize(
         ("make", "cases", "options"),
         [
-            pytest.param(WhitenedRiemannion, SEVERAL, {"weight_decay": 0.1}, id="ranks"),
-            pytest.param(WhitenedRiemannion, SEVERAL[:2], {"max_tangent_norm": 0.1}, id="clipped"),
+            pytest.param(whitened, SEVERAL, {"weight_decay": 0.1}, id="ranks"),
+            pytest.param(whitened, SEVERAL[:2], {"max_tangent_norm": 0.1}, id="clipped"),
             pytest.param(uneven_groups, [*SMALL, SMALL[0], SMALL[0]], {}, id="mixed"),
         ],
     )
@@ -135,7 +140,7 @@ class TestInterpreted:
         assert errors["momentum"] < 5e-5 and errors["anchor"] < 5e-5 and errors["curvature"] < 1e-6
 
     def test_follows_the_iteration_on_full_matrices_with_the_same_bits_twice(self):
-        fast, again = (build(WhitenedRiemannion, SMALL, torch.float32, **OPTIONS) for _ in range(2))
+        fast, again = (build(whitened, SMALL, torch.float32, **OPTIONS) for _ in range(2))
         a, b, c = pairs_of(fast)[0]
         x = (c * b.double() @ a.double()).detach()
         m, curvatures = torch.zeros_like(x), (x.new_zeros(len(x)), x.new_zeros(x.shape[1]))
@@ -154,7 +159,7 @@ class TestInterpreted:
     @pytest.mark.parametrize("kind", [torch.zeros_like, rank_one, one_row])
     def test_gradients_of_low_rank(self, kind):
         """At once, and after others."""
-        fast, exact = (build(WhitenedRiemannion, SMALL, dtype, **OPTIONS) for dtype in (torch.float32, torch.float64))
+        fast, exact = (build(whitened, SMALL, dtype, **OPTIONS) for dtype in (torch.float32, torch.float64))
         generator = torch.Generator().manual_seed(1)
         step_together([fast, exact], generator, 1, kind)
         step_together([fast, exact], generator, 1)
@@ -163,7 +168,7 @@ class TestInterpreted:
         assert worst_error(fast, exact) < 1e-5  # measured 9e-7
 
     def test_a_gradient_that_is_not_finite_changes_nothing(self):
-        optimizer = build(WhitenedRiemannion, SMALL, torch.float32, **OPTIONS)
+        optimizer = build(whitened, SMALL, torch.float32, **OPTIONS)
         generator = torch.Generator().manual_seed(1)
         step_together([optimizer], generator, 2)
         hand_over([optimizer], uneven_gradients(optimizer, generator))
@@ -176,7 +181,7 @@ class TestInterpreted:
             optimizer.step(), optimizer.step()
 
     def test_pairs_without_gradients_stay(self):
-        optimizer = build(WhitenedRiemannion, SMALL, torch.float32, **OPTIONS)
+        optimizer = build(whitened, SMALL, torch.float32, **OPTIONS)
         generator = torch.Generator().manual_seed(1)
         step_together([optimizer], generator, 1)
         hand_over([optimizer], uneven_gradients(optimizer, generator))
@@ -188,15 +193,15 @@ class TestInterpreted:
         assert kept == [False] * 8 + [True] * 8
 
     def test_a_checkpoint_moves_to_the_plain_step_and_back(self):
-        uninterrupted = plain(WhitenedRiemannion, SMALL, torch.float32, **OPTIONS)
+        uninterrupted = plain(whitened, SMALL, torch.float32, **OPTIONS)
         generator = torch.Generator().manual_seed(1)
-        running = plain(WhitenedRiemannion, SMALL, torch.float32, **OPTIONS)
+        running = plain(whitened, SMALL, torch.float32, **OPTIONS)
         step_together([uninterrupted, running], generator, 2)
         for make in (build, plain):
             file = io.BytesIO()
             torch.save(running.state_dict(), file)
             file.seek(0)
-            resumed = make(WhitenedRiemannion, SMALL, torch.float32, **OPTIONS)
+            resumed = make(whitened, SMALL, torch.float32, **OPTIONS)
             for pair, other in zip(pairs_of(resumed), pairs_of(running), strict=True):
                 for factor, value in zip(pair[:2], other[:2], strict=True):
                     factor.data.copy_(value.data)
@@ -225,7 +230,7 @@ class TestInterpreted:
 
     @pytest.mark.parametrize("change", ["refactored", "other_momenta", "other_curvatures"])
     def test_takes_up_what_was_changed(self, change):
-        fast, exact = (build(WhitenedRiemannion, SMALL, dtype, **OPTIONS) for dtype in (torch.float32, torch.float64))
+        fast, exact = (build(whitened, SMALL, dtype, **OPTIONS) for dtype in (torch.float32, torch.float64))
         generator = torch.Generator().manual_seed(1)
         ways = []
         for step in range(4):
@@ -238,7 +243,7 @@ class TestInterpreted:
 
     def test_other_factors_behind_autograds_back_are_noticed(self):
         """Also such as keep their span, which a sketch of bases would not tell."""
-        optimizer = build(WhitenedRiemannion, SMALL, torch.float32, **OPTIONS)
+        optimizer = build(whitened, SMALL, torch.float32, **OPTIONS)
         generator = torch.Generator().manual_seed(1)
         step_together([optimizer], generator, 1)
         a, b, _ = pairs_of(optimizer)[0]
@@ -249,7 +254,7 @@ class TestInterpreted:
         assert optimizer._graphed.found(all_steps=True) == (False, True)
 
     def test_a_factor_that_is_not_of_full_rank_is_left_to_the_plain_step(self):
-        optimizer = build(WhitenedRiemannion, SMALL, torch.float32, **OPTIONS)
+        optimizer = build(whitened, SMALL, torch.float32, **OPTIONS)
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             pairs_of(optimizer)[0][1].zero_()
@@ -269,8 +274,8 @@ class TestOnTheGpu:
     """Against the plain step in float64 on the CPU, all ranks in one optimizer."""
 
     def both(self, spread=0.1, **options):
-        fast = build(WhitenedRiemannion, RANKS, torch.float32, "cuda", spread, lr=0.01, **options)
-        return fast, build(WhitenedRiemannion, RANKS, torch.float64, "cpu", spread, lr=0.01, **options)
+        fast = build(whitened, RANKS, torch.float32, "cuda", spread, lr=0.01, **options)
+        return fast, build(whitened, RANKS, torch.float64, "cpu", spread, lr=0.01, **options)
 
     @pytest.mark.parametrize("options", [{"weight_decay": 0.1}, {"max_tangent_norm": 0.1}], ids=["decay", "clipped"])
     @pytest.mark.parametrize("spread", [0.1, 1e-8])
@@ -308,7 +313,7 @@ class TestOnTheGpu:
         assert worst_error(fast, exact) < 1e-4
 
     def test_a_gradient_that_is_not_finite_changes_nothing_and_is_told_two_steps_late(self):
-        fast = build(WhitenedRiemannion, SEVERAL, torch.float32, "cuda", **OPTIONS)
+        fast = build(whitened, SEVERAL, torch.float32, "cuda", **OPTIONS)
         generator = torch.Generator().manual_seed(1)
         step_together([fast], generator, 4)
         hand_over([fast], uneven_gradients(fast, generator))
@@ -338,7 +343,7 @@ class TestOnTheGpu:
         """A re-factoring carries the momentum along; a copy, and a checkpoint on a CPU and back, go on alike."""
         cases = SEVERAL
         generator = torch.Generator().manual_seed(1)
-        fast, untouched = (build(WhitenedRiemannion, cases, torch.float32, "cuda", **OPTIONS) for _ in range(2))
+        fast, untouched = (build(whitened, cases, torch.float32, "cuda", **OPTIONS) for _ in range(2))
         step_together([fast, untouched], generator, 5)
         for a, b, _ in pairs_of(fast):
             mix = torch.linalg.qr(torch.randn(len(a), len(a), generator=generator, dtype=torch.float64)).Q.cuda()
@@ -349,7 +354,7 @@ class TestOnTheGpu:
         others = [copy.deepcopy(fast)]
         source = fast
         for device in ("cpu", "cuda"):
-            moved = build(WhitenedRiemannion, cases, torch.float32, device, **OPTIONS)
+            moved = build(whitened, cases, torch.float32, device, **OPTIONS)
             for pair, other in zip(pairs_of(moved), pairs_of(source), strict=True):
                 for factor, value in zip(pair[:2], other[:2], strict=True):
                     factor.data.copy_(value.data)
