@@ -6,13 +6,14 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from lightning_rlora.bench.plan import MEAN_OF_TASKS, Plan, Run
-from lightning_rlora.bench.pool import run_all
+from lightning_rlora.bench.pilot import count_runs, kept_runs, pilot_plan, pilot_sweeps
+from lightning_rlora.bench.plan import MEAN_OF_TASKS, PILOT, Plan, Run
+from lightning_rlora.bench.pool import TimeLimit, run_all
 from lightning_rlora.bench.results import Result, read_result
 from lightning_rlora.bench.worker import Fit, Job
 from lightning_rlora.errors import UserError
@@ -31,7 +32,7 @@ def run_plan(
     limit_minutes: float | None = None,
     keep_adapters: bool = False,
 ) -> None:
-    """Do the runs of a plan that have no result yet, side by side, telling of each as it ends.
+    """Do the runs of a plan that have no result yet, side by side, telling of each as it ends; a pilot's come first.
 
     Args:
         plan: The plan.
@@ -50,24 +51,40 @@ def run_plan(
     for name in only:
         if name not in plan.methods:
             raise UserError(f"--only names {name!r}, which is none of the methods: {', '.join(plan.methods)}")
-    runs = [run for run in plan.runs() if not only or run.method in only]
-    planned = [Job(run, plan.filled(run), output.absolute(), jobs, keep_adapters) for run in runs]
+    possible = plan.runs()
+    planned = {
+        run.folder: Job(run, plan.filled(run), output.absolute(), jobs, keep_adapters)
+        for run in possible
+        if not only or run.method in only
+    }
+    workers = [device for _ in range(jobs) for device in devices]
+    threads = max(1, (os.cpu_count() or 1) // len(workers))
+    limit = TimeLimit(None if limit_minutes is None else 60 * limit_minutes)
     with _alone_in(output):
-        done = {run.folder for run, result in _results(plan, output) if result.status != "failed"}
-        todo = [job for job in planned if job.run.folder not in done]
-        print(
-            f"{len(runs)} runs, {len(runs) - len(todo)} of them done; {jobs} at a time on {', '.join(devices)}",
-            flush=True,
-        )
-        if not todo:
-            return
-        progress = _Progress(todo, len(runs))
-        workers = [device for _ in range(jobs) for device in devices]
-        threads = max(1, (os.cpu_count() or 1) // len(workers))
-        limit = None if limit_minutes is None else 60 * limit_minutes
-        ended = run_all(todo, workers, threads, fit, progress.report, limit)
-        if ended < len(todo):
-            print(f"time is up with {len(todo) - ended} runs left: start again to go on", flush=True)
+        _results(possible, output)  # also what only a later stage asks for must be of the same base model and data
+        for stage, runs in _stages(plan, output):
+            asked = [planned[run.folder] for run in runs if run.folder in planned]
+            done = {run.folder for run, result in _results(runs, output) if result.status != "failed"}
+            todo = [job for job in asked if job.run.folder not in done]
+            count = f"{len(asked)} runs, {len(asked) - len(todo)} of them done"
+            print(f"{stage and stage + ': '}{count}; {jobs} at a time on {', '.join(devices)}", flush=True)
+            progress = _Progress(stage, todo, len(asked))
+            ended = run_all(todo, workers, threads, fit, progress.report, limit)
+            if ended < len(todo):
+                left = f"{len(todo) - ended} runs{stage and f' of the {stage}'} left"
+                print(f"time is up with {left}: start again to go on", flush=True)
+                return
+
+
+def _stages(plan: Plan, output: Path) -> Iterator[tuple[str, list[Run]]]:
+    """The stages of a plan by name, each with its runs; what the last one has depends on the results of a pilot."""
+    if plan.pilot is None:
+        yield "", plan.runs()
+    else:
+        pilot = pilot_plan(plan).runs()
+        yield "pilot", pilot
+        sweeps = pilot_sweeps(plan, [result for _, result in _results(pilot, output)])
+        yield "kept rates", kept_runs(plan, sweeps)
 
 
 def write_outputs(plan: Plan, output: Path) -> list[Result]:
@@ -83,11 +100,19 @@ def write_outputs(plan: Plan, output: Path) -> list[Result]:
     from lightning_rlora.bench.report import write_report
     from lightning_rlora.bench.table import mean_of_tasks, table
 
-    results = [result for _, result in _results(plan, output)]
+    runs = {run.folder: run for _, stage in _stages(plan, output) for run in stage}
+    results = [result for _, result in _results(runs.values(), output)]
     _check_scores(plan, results)
-    means = mean_of_tasks(results, plan) if plan.mean_of_tasks else []
-    tables = {MEAN_OF_TASKS: table(means, MEAN_OF_TASKS, plan)} if plan.mean_of_tasks else {}
-    tables |= {task: table(results, task, plan) for task in plan.tasks}
+    sweeps = pilot_sweeps(plan, results)
+    means, tables = [], {}
+    if plan.mean_of_tasks:
+        means = mean_of_tasks(results, plan)
+        tables[MEAN_OF_TASKS] = table(means, MEAN_OF_TASKS, plan, sweeps)
+        if plan.pilot is not None and len(plan.pilot.tasks) < len(plan.tasks):
+            pilot = pilot_plan(plan)
+            means += mean_of_tasks(results, pilot, PILOT)
+            tables[PILOT] = table(means, PILOT, pilot)
+    tables |= {task: table(results, task, plan, sweeps) for task in plan.tasks}
     best = {(row.task, row.method, row.steps, row.rate) for rows in tables.values() for row in rows}
     written = set()
     for result in results:
@@ -102,7 +127,7 @@ def write_outputs(plan: Plan, output: Path) -> list[Result]:
     write_atomically(output / "table.md", markdown(tables, results, plan).encode())
     write_atomically(output / "table.csv", as_csv(tables).encode())
     write_atomically(output / "table.json", as_json(tables).encode())
-    write_report(output, plan, results, means, tables, len(plan.runs()))
+    write_report(output, plan, results, means, tables, count_runs(plan))
     return results
 
 
@@ -126,9 +151,9 @@ def visible_devices() -> list[str]:
     return [str(number) for number in range(torch.cuda.device_count())] or ["cpu"]
 
 
-def _results(plan: Plan, output: Path) -> list[tuple[Run, Result]]:
-    """The results of a plan's runs that are there, of one and the same base model and data."""
-    found = [(run, result) for run in plan.runs() if (result := read_result(output, run)) is not None]
+def _results(runs: Iterable[Run], output: Path) -> list[tuple[Run, Result]]:
+    """The results of runs that are there, of one and the same base model and data."""
+    found = [(run, result) for run in runs if (result := read_result(output, run)) is not None]
     for run, result in found:
         for name, value in run.variables.items():
             before = result.variables.get(name, value)
@@ -149,7 +174,8 @@ def _same_place(one: str, other: str) -> bool:
 class _Progress:
     """Tells of every run that ended, and when all will have."""
 
-    def __init__(self, todo: Sequence[Job], planned: int) -> None:
+    def __init__(self, stage: str, todo: Sequence[Job], planned: int) -> None:
+        self.stage = stage
         self.steps_left = sum(job.run.steps for job in todo)
         self.ended, self.planned = planned - len(todo), planned
         self.steps_done = 0
@@ -164,8 +190,9 @@ class _Progress:
         seconds = f" in {result.meta['total_seconds']:.0f} s" if result.meta else ""
         left = f"about {minutes:.0f} min left" if minutes >= 1 else "less than a minute left"
         run = job.run
+        stage = self.stage and self.stage + " "
         print(
-            f"[{self.ended}/{self.planned}] {run.task} {run.method} rate {run.rate:g} seed {run.seed} "
+            f"[{stage}{self.ended}/{self.planned}] {run.task} {run.method} rate {run.rate:g} seed {run.seed} "
             f"{run.steps} steps: {what}{seconds}" + (f"; {left}" if self.steps_left else ""),
             flush=True,
         )

@@ -9,13 +9,14 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from itertools import pairwise
 from typing import Any
 
+from lightning_rlora.bench.pilot import explain_choice
 from lightning_rlora.bench.plan import Plan
 from lightning_rlora.bench.results import Result
-from lightning_rlora.bench.table import Row, Score, interpolate
+from lightning_rlora.bench.table import RateWindow, Row, Score, interpolate
 
 Cells = dict[str, str]
 
@@ -41,7 +42,7 @@ def cells(row: Row, reference: Row | None) -> Cells:
         "validation loss": "diverged" if diverged_everywhere else number_with_spread(row),
         **{name.replace("_", " "): _shown(name, score) for name, score in row.scores.items()},
         "rates within 1 %": ""
-        if diverged_everywhere
+        if diverged_everywhere or window is None
         else ("≥ " if window.open_low or window.open_high else "") + f"x{window.ratio:.2g}",
         "steps to reference": to_reference,
         "seconds to reference": _number(row.seconds_to_reference),
@@ -88,13 +89,23 @@ def markdown(tables: dict[str, list[Row]], results: Iterable[Result], plan: Plan
 
 def explanation(plan: Plan) -> str:
     """What the columns mean, in a few sentences."""
+    choice = (
+        "at the best of the rates tried by that very mean; incomplete: some rates have fewer seeds yet, and are left "
+        "out of the choice; (edge): no rate was compared below or above."
+    )
+    extent = "as far as was tried"
+    if plan.pilot is not None:
+        choice = (
+            f"at the rate that a pilot chose: {explain_choice(plan)}; incomplete: seeds are missing yet; (edge): the "
+            "pilot tried no rate below or above."
+        )
+        extent += "), by the pilot's losses alone (empty: not on its tasks, or not done"
     return (
         "Validation loss: cross-entropy in nats (per token, of language models), or the mean squared error of "
         "diffusion models, at the last step, mean and standard deviation over n "
-        "seeds, at the best of the rates tried by that very mean; incomplete: some rates have fewer seeds yet, and are "
-        "left out of the choice; (edge): no rate was compared below or above. Scores such as the accuracy (of classes "
+        f"seeds, {choice} Scores such as the accuracy (of classes "
         "or, of language models, next tokens) are of the same runs. Rates within 1 %: highest over lowest rate around "
-        "the best whose loss is at most 1 % above the best (≥: as far as was tried). Reference: the "
+        f"the best whose loss is at most 1 % above the best (≥: {extent}). Reference: the "
         f"loss at the end of {plan.reference} with its best rate and {plan.steps[0]} steps; in brackets its steps over "
         "the method's; each run decays its rate over its own budget. Seconds of training leave validations out; where "
         "several runs shared a device, they slowed each other down."
@@ -216,8 +227,8 @@ def _flat(row: Row) -> dict[str, Any]:
     values = {name: value for name, value in asdict(row).items() if name not in ("by_rate", "window", "scores")}
     for name, score in row.scores.items():
         values |= {name: score and score.mean, f"{name}_spread": score and score.spread}
-    window = asdict(row.window)
-    return values | {"loss": _finite(row.loss)} | {f"window_{name}": value for name, value in window.items()}
+    window = {f"window_{field.name}": getattr(row.window, field.name, None) for field in fields(RateWindow)}
+    return values | {"loss": _finite(row.loss)} | window
 
 
 def _finite(value: float) -> float | None:

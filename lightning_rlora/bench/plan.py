@@ -15,6 +15,9 @@ from lightning_rlora.fragments import Config, as_config, fill, merge
 MEAN_OF_TASKS = "mean-of-tasks"
 """Stands where a task's name would."""
 
+PILOT = "pilot"
+"""Stands where a task's name would: for the mean of the pilot's tasks where these are fewer."""
+
 
 @dataclass(frozen=True)
 class Method:
@@ -24,6 +27,15 @@ class Method:
     config: Config
     rates: tuple[float, ...]
     steps: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Pilot:
+    """A cheap first stage: all rates are tried on these tasks and seeds, and the `keep` around the best ones go on."""
+
+    tasks: tuple[str, ...]
+    seeds: tuple[int, ...]
+    keep: int
 
 
 @dataclass(frozen=True)
@@ -69,6 +81,7 @@ class Plan:
         reference: Method whose tuned final loss the others are to reach.
         scores: What else validations measure and the tables show, by the names of its logs without `val/`.
         mean_of_tasks: Whether tables and pictures of the mean over all tasks are wanted, too: one rate for all of them.
+        pilot: Chooses the rates that are run on all tasks and seeds; without, all rates are.
         callbacks: That every run gets beside its own, such as one that measures a score.
         common: Configuration of all runs.
         tasks: What each task changes in it.
@@ -85,6 +98,7 @@ class Plan:
     reference: str
     scores: tuple[str, ...]
     mean_of_tasks: bool
+    pilot: Pilot | None
     callbacks: tuple[Any, ...]
     common: Config
     tasks: dict[str, Config]

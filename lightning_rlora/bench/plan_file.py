@@ -6,6 +6,8 @@ seeds: [0, 1, 2]
 reference: lora               # the method whose tuned final loss the others are to reach
 scores: [accuracy]            # what else the tables show of what is logged as val/...
 mean_of_tasks: false          # whether there is a table of the mean over tasks, too
+pilot: {tasks: [gsm8k], seeds: [0], keep: 1}  # compare all rates there first, go on with the best ones; by default: all
+                              # tasks, the first seed, one rate (of each task, if all are there and no mean is wanted)
 variables: {data: data}       # `--set data=...` fills ${data} in; ${seed} is the run's seed
 callbacks: [...]              # that every run gets beside its own, such as one that measures a score
 common: {...}                 # a configuration of `rlora fit`, or a part of one
@@ -23,7 +25,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from lightning_rlora.bench.plan import MEAN_OF_TASKS, Method, Plan, whole_number
+from lightning_rlora.bench.plan import MEAN_OF_TASKS, PILOT, Method, Pilot, Plan, whole_number
 from lightning_rlora.bench.table import Row
 from lightning_rlora.errors import UserError
 from lightning_rlora.fragments import Config, as_config, merge, read_mapping
@@ -41,8 +43,9 @@ _PLAN_KEYS = {
         "scores",
         "mean_of_tasks",
     ),
-    *("callbacks", "common", "tasks", "methods"),
+    *("pilot", "callbacks", "common", "tasks", "methods"),
 }
+_PILOT_KEYS = {"tasks", "seeds", "keep"}
 _METHOD_KEYS = {"overlay", "rates", "steps"}
 
 
@@ -71,6 +74,7 @@ def read_plan(path: Path, settings: Mapping[str, str] | None = None) -> Plan:
         for name, entry in _mapping(content, "methods", path, named=True).items()
     }
     tasks = _mapping(content, "tasks", path, named=True)
+    seeds = _seeds(content["seeds"], f"{path}: seeds")
     plan = Plan(
         name=path.stem,
         description=str(content.get("description") or ""),
@@ -79,19 +83,19 @@ def read_plan(path: Path, settings: Mapping[str, str] | None = None) -> Plan:
         | dict(settings or {}),
         steps=steps,
         validate_every=whole_number(content.get("validate_every", 25), f"{path}: validate_every"),
-        seeds=tuple(
-            whole_number(seed, f"{path}: seeds", least=0) for seed in _list(content["seeds"], f"{path}: seeds")
-        ),
+        seeds=seeds,
         reference=str(content["reference"]),
         scores=_scores(content.get("scores", ["accuracy"]), f"{path}: scores"),
         mean_of_tasks=_truth(content.get("mean_of_tasks", False), f"{path}: mean_of_tasks"),
+        pilot=None if content.get("pilot") is None else _pilot(content["pilot"], tuple(tasks), seeds, f"{path}: pilot"),
         callbacks=_callbacks(content.get("callbacks", []), f"{path}: callbacks"),
         common=_mapping(content, "common", path),
         tasks={name: as_config(task, f"{path}: task {name!r}") for name, task in tasks.items()},
         methods=methods,
     )
-    if MEAN_OF_TASKS in plan.tasks:
-        raise UserError(f"{path}: tasks: {MEAN_OF_TASKS!r} stands for the mean of all: give the task another name")
+    for name, meaning in {MEAN_OF_TASKS: "all", PILOT: "the pilot's"}.items():
+        if name in plan.tasks:
+            raise UserError(f"{path}: tasks: {name!r} stands for the mean of {meaning}: give the task another name")
     if plan.reference not in methods:
         raise UserError(f"{path}: reference {plan.reference!r} is none of the methods: {', '.join(methods)}")
     if plan.steps[0] not in methods[plan.reference].steps:
@@ -121,6 +125,21 @@ def _method(name: str, entry: Any, steps: tuple[int, ...], path: Path) -> Method
     rates = tuple(_rate(rate, where) for rate in _list(entry["rates"], f"{where}: rates"))
     budgets = _steps(entry["steps"], f"{where}: steps") if "steps" in entry else steps
     return Method(name, config, tuple(sorted(rates)), budgets)
+
+
+def _pilot(entry: Any, tasks: tuple[str, ...], seeds: tuple[int, ...], where: str) -> Pilot:
+    entry = as_config(entry, where)
+    _check_keys(entry, _PILOT_KEYS, required=set(), where=where)
+    pilot = Pilot(
+        tasks=tuple(map(str, _list(entry.get("tasks", list(tasks)), f"{where}: tasks"))),
+        seeds=_seeds(entry.get("seeds", seeds[0]), f"{where}: seeds"),
+        keep=whole_number(entry.get("keep", 1), f"{where}: keep"),
+    )
+    for kind, own, known in (("task", pilot.tasks, tasks), ("seed", pilot.seeds, seeds)):
+        for value in own:
+            if value not in known:
+                raise UserError(f"{where}: {kind} {value!r} is none of the {kind}s: {', '.join(map(str, known))}")
+    return pilot
 
 
 def _mapping(content: Config, key: str, path: Path, named: bool = False) -> Config:
@@ -170,6 +189,10 @@ def _truth(value: Any, where: str) -> bool:
     if not isinstance(value, bool):
         raise UserError(f"{where}: expected true or false, not {value!r}")
     return value
+
+
+def _seeds(value: Any, where: str) -> tuple[int, ...]:
+    return tuple(whole_number(seed, where, least=0) for seed in _list(value, where))
 
 
 def _steps(value: Any, where: str) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
 from lightning_rlora.bench.labels import label_ends
-from lightning_rlora.bench.plan import Plan
+from lightning_rlora.bench.plan import PILOT, Plan
 from lightning_rlora.bench.results import Curve, Result
 from lightning_rlora.bench.table import Row, mean_curve
 
@@ -37,10 +37,13 @@ def figures(rows: Sequence[Row], results: Iterable[Result], plan: Plan) -> dict[
         for row in rows
     }
     styles = _styles(rows, plan)
+    sweep = {"rates": rates(rows, groups, styles, plan)}
+    if rows[0].task == PILOT:  # the rest is told of all tasks
+        return sweep
     drawn = {
         "final_losses": final_losses(rows, groups, styles, plan),
         "curves": curves(rows, groups, styles, plan),
-        "rates": rates(rows, groups, styles, plan),
+        **sweep,
     }
     if any(score for row in rows for score in row.scores.values()):
         drawn["scores"] = scores(rows, groups, styles, plan)
@@ -156,15 +159,17 @@ def rates(rows: Sequence[Row], groups: Groups, styles: Styles, plan: Plan) -> Fi
     lowest = min(result.loss for row in rows for result in groups[_key(row)])  # of single seeds
     worst_best = max(row.loss for row in rows)
     finite = [loss for row in rows for loss in row.by_rate.values() if math.isfinite(loss)]
+    seeds = [result.loss for row in rows for result in groups[_key(row)] if result.rate == row.rate]
     best = min(finite)  # of a rate with fewer seeds, perhaps
-    top = min(max(finite), max(worst_best + 0.5 * (worst_best - best), 1.06 * best))
+    top = min(max(finite + seeds), max(worst_best + 0.5 * (worst_best - best), 1.06 * best))
     span = max(top - best, 1e-3)
     reference = _reference(rows, plan)
     for axes, row in zip(panels.flat, rows, strict=False):
         colour = styles[_key(row)]["color"]
         if reference:
             axes.axhline(reference.loss, color="black", linewidth=0.9, linestyle=":", zorder=1)
-        axes.axvspan(row.window.low, row.window.high, color=colour, alpha=0.13, linewidth=0)
+        if row.window is not None:
+            axes.axvspan(row.window.low, row.window.high, color=colour, alpha=0.13, linewidth=0)
         shown = [(rate, loss) for rate, loss in row.by_rate.items() if math.isfinite(loss)]
         axes.plot(*zip(*shown, strict=True), color=colour, linewidth=1.8, zorder=3)
         for result in groups[_key(row)]:
@@ -192,9 +197,10 @@ def rates(rows: Sequence[Row], groups: Groups, styles: Styles, plan: Plan) -> Fi
         axes.set_visible(False)
     figure.supylabel("validation loss at the end", fontsize=10)
     figure.get_layout_engine().set(hspace=0.06)  # type: ignore[union-attr, call-arg]
-    key = "Ring: best rate; shaded: within 1 % of it; x: diverged; triangle: off the scale" + (
-        f"; dotted: {plan.reference} at its best" if reference else ""
-    )
+    key = "Ring: best rate; shaded: within 1 % of it"
+    if plan.pilot:
+        key = "Line: the pilot's seeds; ring: the best rate that it kept, all seeds; shaded: within 1 % of the lowest"
+    key += "; x: diverged; triangle: off the scale" + (f"; dotted: {plan.reference} at its best" if reference else "")
     figure.supxlabel(f"learning rate\n{key}", fontsize=9)
     return figure
 

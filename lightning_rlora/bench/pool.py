@@ -19,7 +19,7 @@ def run_all(
     threads: int,
     fit: Fit,
     report: Callable[[Job, Result], None],
-    seconds: float | None = None,
+    limit: TimeLimit,
 ) -> int:
     """Do jobs on worker processes, the first ones first.
 
@@ -29,26 +29,18 @@ def run_all(
         threads: Of each worker on the CPU.
         fit: Trains; pickled to the workers.
         report: Called with each job and its result, as they come.
-        seconds: Begin no job that would end later than this, by the speed of those before.
+        limit: Begin no job that would end later than this.
 
     Returns:
         How many jobs were done.
     """
     waiting = list(reversed(jobs))
     workers = [_Worker(device, threads, fit) for device in devices[: len(jobs)]]
-    began = time.monotonic()
     done = 0
-    paces: dict[str, float] = {}  # of each method: seconds of wall time for an optimizer step, all pauses included
-
-    def too_late(job: Job) -> bool:
-        # methods differ by a factor of ten: that of none that was run yet is taken to be in the middle
-        pace = paces.get(job.run.method, median(paces.values()) if paces else 0.0)
-        return seconds is not None and time.monotonic() - began + pace * job.run.steps > seconds
-
     try:
         while True:
             for worker in workers:
-                if worker.job is None and waiting and not too_late(waiting[-1]):
+                if worker.job is None and waiting and not limit.too_late(waiting[-1]):
                     worker.begin(waiting.pop())
             busy = {worker.connection: worker for worker in workers if worker.job is not None}
             if not busy:
@@ -57,12 +49,35 @@ def run_all(
                 worker = busy[connection]  # type: ignore[index]
                 job, result, duration = worker.end()
                 if result.status == "finished":
-                    paces[job.run.method] = max(paces.get(job.run.method, 0.0), duration / job.run.steps)
+                    limit.learn(job, duration)
                 done += 1
                 report(job, result)
     finally:
         for worker in workers:
             worker.stop()
+
+
+class TimeLimit:
+    """Tells, from its making on, whether a job would end too late, by the speed of those before.
+
+    Args:
+        seconds: The limit; None for none.
+    """
+
+    def __init__(self, seconds: float | None) -> None:
+        self.seconds = seconds
+        self._began = time.monotonic()
+        self._paces: dict[str, float] = {}  # of each method: seconds of wall time for an optimizer step, with pauses
+
+    def learn(self, job: Job, duration: float) -> None:
+        """Take notice of a job's seconds."""
+        self._paces[job.run.method] = max(self._paces.get(job.run.method, 0.0), duration / job.run.steps)
+
+    def too_late(self, job: Job) -> bool:
+        """Whether a job that began now would end later than the limit."""
+        # methods differ by a factor of ten: that of none that was run yet is taken to be in the middle
+        pace = self._paces.get(job.run.method, median(self._paces.values()) if self._paces else 0.0)
+        return self.seconds is not None and time.monotonic() - self._began + pace * job.run.steps > self.seconds
 
 
 class _Worker:

@@ -36,6 +36,22 @@ class RateWindow:
         return self.high / self.low
 
 
+class Sweep(NamedTuple):
+    """What a plan's pilot says of a method with a budget on a task.
+
+    Attributes:
+        kept: The rates that go on to all tasks and seeds; none while the pilot lacks a run.
+        losses: Mean loss by rate over the pilot's seeds; empty for a task that is none of the pilot's, too.
+    """
+
+    kept: tuple[float, ...]
+    losses: dict[float, float]
+
+
+Sweeps = Mapping[tuple[str, str, int], Sweep]
+"""By task, method and budget."""
+
+
 class Score(NamedTuple):
     """Mean of a score at the end over seeds, and its standard deviation; None with a single seed."""
 
@@ -52,15 +68,19 @@ class Row:
         method: The method.
         steps: Budget in optimizer steps.
         rate: The best of the rates tried, by the mean over seeds of the validation loss at the end; among the rates
-            that have as many seeds as any.
-        edge: Whether none of these lies below, or none above: the best may lie outside.
+            that have as many seeds as any, and that the pilot kept.
+        edge: Whether none of these, or of those that the pilot tried, lies below, or none above: the best may lie
+            outside.
         loss: That mean.
         spread: Standard deviation over seeds (n - 1 in the denominator); None with a single seed.
         scores: The plan's scores at the end, by name, at the rate that the loss chose; None where not measured.
         seeds: How many seeds finished at the best rate.
-        complete: Whether every rate of the plan has as many, or diverged.
-        by_rate: Mean loss by rate, over the seeds that there are; infinite where a run diverged.
-        window: Rates within 1 % of the best, among those with as many seeds.
+        complete: Whether every rate of the plan has as many, or diverged; with a pilot, whether every rate that it
+            kept has all seeds, or diverged.
+        by_rate: Mean loss by rate, over the seeds that there are, or the pilot's on its tasks; infinite where a run
+            diverged.
+        window: Rates within 1 % of the best, among those with as many seeds; with a pilot, by its losses, and None
+            where it was not or is not done.
         steps_to_reference: Step at which the mean curve reaches the reference's tuned final loss; None if it does not.
         seconds_to_reference: Seconds of training up to there.
         seconds_per_step: Median over the runs at the best rate.
@@ -82,7 +102,7 @@ class Row:
     seeds: int
     complete: bool
     by_rate: dict[float, float]
-    window: RateWindow
+    window: RateWindow | None
     steps_to_reference: float | None
     seconds_to_reference: float | None
     seconds_per_step: float | None
@@ -93,36 +113,40 @@ class Row:
     runs: int
 
 
-def table(results: Iterable[Result], task: str, plan: Plan) -> list[Row]:
+def table(results: Iterable[Result], task: str, plan: Plan, sweeps: Sweeps | None = None) -> list[Row]:
     """The rows of a task, lowest loss first; methods all of whose runs diverged stand at the end.
 
     Args:
         results: Of any tasks; failed ones are left out.
         task: The task.
         plan: Names the reference and its budget, and the rates to expect.
+        sweeps: What the plan's pilot says, if it has one.
     """
+    sweeps = sweeps or {}
     groups: dict[tuple[str, int], list[Result]] = defaultdict(list)
     for result in results:
         if result.task == task and result.status != "failed":
             groups[result.method, result.steps].append(result)
-    reference = groups.get((plan.reference, plan.steps[0]))
-    goal = min(comparable(reference).values()) if reference else math.inf
+    reference = plan.reference, plan.steps[0]
+    goal = math.inf
+    if reference in groups:
+        goal = min(comparable(_candidates(groups[reference], sweeps.get((task, *reference)))).values())
     rows = [
-        _row(group, goal if math.isfinite(goal) else None, plan.methods[method].rates, plan.scores)
-        for (method, _), group in groups.items()
+        _row(group, goal if math.isfinite(goal) else None, plan, sweeps.get((task, *key)))
+        for key, group in groups.items()
     ]
     return sorted(rows, key=lambda row: (row.loss, row.method, row.steps))
 
 
-def mean_of_tasks(results: Iterable[Result], plan: Plan) -> list[Result]:
-    """What the runs of one method, budget, rate and seed have in common over all tasks, as if it were one more task.
+def mean_of_tasks(results: Iterable[Result], plan: Plan, name: str = MEAN_OF_TASKS) -> list[Result]:
+    """What the plan's runs of one method, budget, rate and seed have in common over all its tasks, as of one more task.
 
     Curves and seconds are means over the tasks, memory is the most of any; a rate that diverged on one of them
     diverged. Left out are runs that not every task has yet.
     """
     groups: dict[tuple[str, int, float, int], list[Result]] = defaultdict(list)
     for result in results:
-        if result.status != "failed":
+        if result.status != "failed" and result.task in plan.tasks and result.seed in plan.seeds:
             groups[result.method, result.steps, result.rate, result.seed].append(result)
     means = []
     for group in groups.values():
@@ -131,7 +155,7 @@ def mean_of_tasks(results: Iterable[Result], plan: Plan) -> list[Result]:
             names = set.intersection(*(set(result.scores) for result in group))
             mean = replace(
                 group[0],
-                task=MEAN_OF_TASKS,
+                task=name,
                 status="diverged" if diverged else "finished",
                 note=diverged[0].note if diverged else "",
                 validation=mean_curve([result.validation for result in group]),
@@ -150,13 +174,29 @@ def _mean_cost(costs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {**costs[0], "seconds": seconds, "peak_memory": max(cost["peak_memory"] or 0 for cost in costs)}
 
 
-def _row(group: Sequence[Result], goal: float | None, planned: Sequence[float], names: Sequence[str]) -> Row:
-    by_rate = mean_losses(group)
-    compared = comparable(group)
+def _candidates(group: Sequence[Result], sweep: Sweep | None) -> Sequence[Result]:
+    """The runs among whose rates the best is sought: after a pilot, only those at the rates that it kept."""
+    return [result for result in group if result.rate in sweep.kept] if sweep and sweep.kept else group
+
+
+def _row(group: Sequence[Result], goal: float | None, plan: Plan, sweep: Sweep | None) -> Row:
+    rates = plan.methods[group[0].method].rates
+    candidates = _candidates(group, sweep)
+    compared = comparable(candidates)
     rate = best_rate(compared)
-    best = [result for result in group if result.rate == rate]
+    loss = compared[rate]
+    best = [result for result in candidates if result.rate == rate]
+    window: RateWindow | None
+    if sweep is None:
+        tried, window = list(compared), rate_window(compared)
+        complete = all(rate in compared for rate in rates)
+    else:
+        tried = list(rates if sweep.kept else compared)
+        window = rate_window(sweep.losses) if sweep.losses else None
+        every_seed = math.isinf(loss) or len(best) == len(plan.seeds)
+        complete = bool(sweep.kept) and every_seed and all(rate in compared for rate in sweep.kept)
     losses = [result.loss for result in best]
-    curve = mean_curve([result.validation for result in best]) if math.isfinite(by_rate[rate]) else []
+    curve = mean_curve([result.validation for result in best]) if math.isfinite(loss) else []
     reached = first_reach(curve, goal) if goal is not None else None
     seconds = mean_curve([_seconds(result) for result in best]) if curve else []
     paces = [pace for result in best if (pace := result.seconds_per_step) is not None]
@@ -166,14 +206,14 @@ def _row(group: Sequence[Result], goal: float | None, planned: Sequence[float], 
         method=group[0].method,
         steps=group[0].steps,
         rate=rate,
-        edge=rate in (min(compared), max(compared)),
-        loss=by_rate[rate],
+        edge=rate in (min(tried), max(tried)),
+        loss=loss,
         spread=statistics.stdev(losses) if len(losses) > 1 and curve else None,
-        scores={name: _score(best, name) if curve else None for name in names},
+        scores={name: _score(best, name) if curve else None for name in plan.scores},
         seeds=len(best),
-        complete=all(rate in compared for rate in planned),
-        by_rate=by_rate,
-        window=rate_window(compared),
+        complete=complete,
+        by_rate=sweep.losses if sweep and sweep.losses else mean_losses(group),
+        window=window,
         steps_to_reference=reached,
         seconds_to_reference=interpolate(seconds, reached) if reached is not None and seconds else None,
         seconds_per_step=statistics.median(paces) if paces else None,
