@@ -1,4 +1,4 @@
-"""Make the data of the plans: GSM8K, textbooks, commonsense, each with a held-out part that is the same for every run.
+"""Make the data of the plans: GSM8K, textbooks, commonsense, SST-2, each with a held-out part that is the same for every run.
 
     git clone https://github.com/openai/grade-school-math
     for book in physics life-liberty-and-pursuit-happiness college-success-bundle; do
@@ -7,15 +7,16 @@
     git clone --depth 1 https://github.com/AGI-Edgerunners/LLM-Adapters
     python examples/comparison/prepare.py --output data \
         --gsm8k grade-school-math/grade_school_math/data/train.jsonl --textbooks osbooks-* \
-        --commonsense LLM-Adapters/dataset
+        --commonsense LLM-Adapters/dataset --sst2 SST-2
 
-GSM8K (MIT licence), OpenStax's textbooks (CC BY 4.0) and LLM-Adapters' commonsense tasks (ODC-By) are public; what is
-left out is not made. A textbook may also be a file of JSON lines with the fields `title` and `text`, plain or
+GSM8K (MIT licence), OpenStax's textbooks (CC BY 4.0) and LLM-Adapters' commonsense tasks (ODC-By) are public; SST-2
+is GLUE's (https://gluebenchmark.com). What is left out is not made. A textbook may also be a file of JSON lines with the fields `title` and `text`, plain or
 compressed; with `--source openstax/` only records whose `source` begins so. The commonsense mix is trained on the
 questions and answers of BoolQ, ARC and OpenBookQA, and held out are these tasks' tests and PIQA's.
 """
 
 import argparse
+import csv
 import json
 import random
 import xml.etree.ElementTree as ElementTree
@@ -85,6 +86,17 @@ def commonsense(folder: Path) -> dict[str, list[dict[str, str]]]:
     return parts
 
 
+def sst2(folder: Path) -> dict[str, list[dict[str, str]]]:
+    """GLUE's phrases with their sentiment in a word; its dev set is held out."""
+    parts = {}
+    for name, file in (("train", "train.tsv"), ("validation", "dev.tsv")):
+        with (folder / file).open(encoding="utf-8", newline="") as lines:
+            rows = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+            words = {"0": "negative", "1": "positive"}
+            parts[name] = [{"sentence": row["sentence"].strip(), "sentiment": words[row["label"]]} for row in rows]
+    return parts
+
+
 def write(parts: dict[str, list[dict[str, str]]], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, part in parts.items():
@@ -99,6 +111,7 @@ def main() -> None:
     parser.add_argument("--textbooks", type=Path, nargs="+", help="clones, or files of JSON lines")
     parser.add_argument("--source", default="", help="of records in files, what `source` begins with")
     parser.add_argument("--commonsense", type=Path, help="folder `dataset` of a clone, its files plain or compressed")
+    parser.add_argument("--sst2", type=Path, help="folder with GLUE's train.tsv and dev.tsv")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     if arguments.gsm8k:
@@ -110,6 +123,8 @@ def main() -> None:
         write(split(documents, 20), arguments.output / "textbooks")
     if arguments.commonsense:
         write(commonsense(arguments.commonsense), arguments.output / "commonsense")
+    if arguments.sst2:
+        write(sst2(arguments.sst2), arguments.output / "sst2")
 
 
 if __name__ == "__main__":
