@@ -1,4 +1,4 @@
-"""Make the data of the plans: GSM8K, textbooks, commonsense, SST-2, with held-out parts that are the same for every run.
+"""Make the data of the plans: GSM8K, textbooks, commonsense, SST-2, held-out parts the same for every run.
 
     git clone https://github.com/openai/grade-school-math
     for book in physics life-liberty-and-pursuit-happiness college-success-bundle; do
@@ -12,8 +12,8 @@
 GSM8K (MIT licence), OpenStax's textbooks (CC BY 4.0) and LLM-Adapters' commonsense tasks (ODC-By) are public, SST-2 is
 GLUE's (https://gluebenchmark.com); what is left out is not made. A textbook may also be a file of JSON lines with the
 fields `title` and `text`, plain or compressed; with `--source openstax/` only records whose `source` begins so. The
-commonsense mix is trained on the questions and answers of BoolQ, ARC and OpenBookQA, and held out are these tasks' tests
-and PIQA's.
+commonsense mix is trained on the questions and answers of BoolQ, ARC and OpenBookQA; held out are these tasks' tests and
+PIQA's.
 """
 
 import argparse
