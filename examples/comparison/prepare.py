@@ -1,4 +1,4 @@
-"""Make the data of the plans: GSM8K, textbooks, commonsense, SST-2, held-out parts the same for every run.
+"""Make the data of the plans: GSM8K, textbooks, commonsense and SST-2, with the same held-out parts for every run.
 
     git clone https://github.com/openai/grade-school-math
     for book in physics life-liberty-and-pursuit-happiness college-success-bundle; do
