@@ -12,7 +12,7 @@
 GSM8K (MIT licence), OpenStax's textbooks (CC BY 4.0) and LLM-Adapters' commonsense tasks (ODC-By) are public, SST-2 is
 GLUE's (https://gluebenchmark.com); what is left out is not made. A textbook may also be a file of JSON lines with the
 fields `title` and `text`, plain or compressed; with `--source openstax/` only records whose `source` begins so. The
-commonsense mix is trained on the questions and answers of BoolQ, ARC and OpenBookQA; held out are these tasks' tests and
+commonsense mix is trained on questions and answers of BoolQ, ARC and OpenBookQA; held out are these tasks' tests and
 PIQA's.
 """
 
