@@ -93,19 +93,19 @@ def explanation(plan: Plan) -> str:
         "at the best of the rates tried by that very mean; incomplete: some rates have fewer seeds yet, and are left "
         "out of the choice; (edge): no rate was compared below or above."
     )
-    extent = "as far as was tried"
+    window = ""
     if plan.pilot is not None:
         choice = (
             f"at the rate that a pilot chose: {explain_choice(plan)}; incomplete: seeds are missing yet; (edge): the "
             "pilot tried no rate below or above."
         )
-        extent += "), by the pilot's losses alone (empty: not on its tasks, or not done"
+        window = " They are the pilot's, and empty where it was not, or is not done."
     return (
         "Validation loss: cross-entropy in nats (per token, of language models), or the mean squared error of "
         "diffusion models, at the last step, mean and standard deviation over n "
         f"seeds, {choice} Scores such as the accuracy (of classes "
         "or, of language models, next tokens) are of the same runs. Rates within 1 %: highest over lowest rate around "
-        f"the best whose loss is at most 1 % above the best (≥: {extent}). Reference: the "
+        f"the best whose loss is at most 1 % above the best (≥: as far as was tried).{window} Reference: the "
         f"loss at the end of {plan.reference} with its best rate and {plan.steps[0]} steps; in brackets its steps over "
         "the method's; each run decays its rate over its own budget. Seconds of training leave validations out; where "
         "several runs shared a device, they slowed each other down."

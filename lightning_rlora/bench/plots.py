@@ -198,7 +198,7 @@ def rates(rows: Sequence[Row], groups: Groups, styles: Styles, plan: Plan) -> Fi
     figure.supylabel("validation loss at the end", fontsize=10)
     figure.get_layout_engine().set(hspace=0.06)  # type: ignore[union-attr, call-arg]
     key = "Ring: best rate; shaded: within 1 % of it"
-    if plan.pilot:
+    if plan.pilot and rows[0].task != PILOT:
         key = "Line: the pilot's seeds; ring: the best rate that it kept, all seeds; shaded: within 1 % of the lowest"
     key += "; x: diverged; triangle: off the scale" + (f"; dotted: {plan.reference} at its best" if reference else "")
     figure.supxlabel(f"learning rate\n{key}", fontsize=9)

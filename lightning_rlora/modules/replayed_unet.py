@@ -17,7 +17,7 @@ class ReplayedUNet:
     pass has to come before that. Gradients lie in that memory, too: `own_gradients` takes them out of it.
 
     Args:
-        unet: The UNet with its adapter, on a CUDA device.
+        unet: The UNet with its adapter, on a CUDA device. What trains is settled by then.
     """
 
     def __init__(self, unet: nn.Module) -> None:
@@ -56,6 +56,8 @@ class ReplayedUNet:
     def own_gradients(self) -> None:
         """Puts gradients into memory of their own, before the next backward pass writes to where they are now."""
         reached = [parameter for parameter in self._trained if parameter.grad is not None]
+        if not reached:
+            return
         # one kernel for all copies
         copies = torch._foreach_mul([parameter.grad for parameter in reached], 1.0)  # type: ignore[misc]
         for parameter, gradient in zip(reached, copies, strict=True):

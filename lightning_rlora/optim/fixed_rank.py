@@ -23,6 +23,7 @@ from lightning_rlora.optim.groups import (
     PairInGroup,
     check_full_rank,
     groups_with_pairs,
+    has_units,
     pairs_in_group,
     pairs_of_new_group,
 )
@@ -40,7 +41,8 @@ class FixedRankOptimizer(Optimizer):
     """One optimizer object for LoRA pairs on the manifold and for everything else that trains.
 
     Groups with `algorithm` riemannion, whitened or sgd hold pairs of factors, `params` = A, B, A, B, ..., and their
-    `scaling` c; groups with `algorithm` adamw hold anything. State, beside each factor and of its shape, is the
+    `scaling` c, with `relative` rates also the pairs' `units` that `measure_base` fills in; groups with `algorithm`
+    adamw hold anything. State, beside each factor and of its shape, is the
     momentum's tangent factor, half of what AdamW keeps, and `anchor`, a small sketch of what it refers to: where the
     factors are changed from outside between two steps (loaded, merged, re-factored), the momentum is carried to the new
     ones if they span the same spaces, and forgotten if they do not.
@@ -105,7 +107,7 @@ class FixedRankOptimizer(Optimizer):
         Raises:
             UserError: If a group has pairs that the model does not train.
         """
-        groups = [group for group in self.param_groups if group.get("relative") and group["algorithm"] != "adamw"]
+        groups = [group for group in self.param_groups if has_units(group)]
         if not groups:
             return
         pairs = {pair.a: pair for pair in scan(model).pairs}
@@ -113,8 +115,8 @@ class FixedRankOptimizer(Optimizer):
             found = [pairs.get(a) for a in group["params"][::2]]
             if None in found:
                 raise UserError("relative rates need the model whose pairs the optimizer has, and this is another one")
-            # a step has 2r singular values of one, so a Frobenius norm of sqrt(2r)
-            group["units"] = [base_size(pair) / (2 * pair.shape[2]) ** 0.5 for pair in found if pair is not None]
+            # an orthogonalised momentum has 2r singular values of one, or as many as fit
+            group["units"] = [base_size(p) / min(2 * p.shape[2], *p.shape[:2]) ** 0.5 for p in found if p is not None]
         self._drop_graphed()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -66,6 +66,11 @@ def unit_factors(pairs: Sequence[PairInGroup]) -> Tensor:
     return torch.tensor([[pair.unit] for pair in pairs], dtype=torch.float64) ** powers
 
 
+def has_units(group: dict[str, Any]) -> bool:
+    """Whether a group's rate is in units of the base weights: of orthogonalised steps alone, as others have no size."""
+    return bool(group.get("relative")) and group["algorithm"] in ("riemannion", "whitened")
+
+
 def pairs_in_group(group: dict[str, Any]) -> Iterator[PairInGroup]:
     """The pairs of a group of pairs.
 
@@ -73,11 +78,11 @@ def pairs_in_group(group: dict[str, Any]) -> Iterator[PairInGroup]:
         UserError: If its rate is relative, and nothing is known of the weights that it is relative to.
     """
     params = group["params"]
-    units = group.get("units") if group.get("relative") else repeat(1.0, len(params) // 2)
+    units = group.get("units") if has_units(group) else repeat(1.0, len(params) // 2)
     if units is None:
         raise UserError(
             "relative rates need the sizes of the base weights: make the optimizer by for_model(model), call its "
-            "measure_base(model), or give relative=False"
+            "measure_base(model), or give relative=False and a rate in units of the weights"
         )
     for a, b, unit in zip(params[::2], params[1::2], units, strict=True):
         yield PairInGroup(a, b, group, unit)

@@ -36,7 +36,7 @@ class Riemannion(FixedRankOptimizer):
         min_singular_value: Floor of X's singular values. Under 16-mixed precision use 1e-6: smaller factors lose digits
             in float16.
         relative: Whether `lr` is the Frobenius norm of a step's orthogonalised momentum in units of the base weight's
-            size, the root mean square of its singular values, so that one rate serves every rank, shape and width;
+            size, the root mean square of its singular values, so that one rate may serve all ranks, shapes and widths;
             0.1 is a rate to begin with. The modules and `for_model` measure the sizes, as `measure_base` does. Weight
             decay goes by `lr` alone, and the AdamW groups' rates stay as they are.
     """

@@ -42,9 +42,10 @@ class WhitenedRiemannion(FixedRankOptimizer):
         min_singular_value: Floor of the singular values of X~. Under 16-mixed precision use 1e-6: smaller factors lose
             digits in float16.
         relative: Whether `lr` counts in units of the base weight's size, the root mean square of its singular values,
-            so that one rate serves every rank, shape and width. The modules and `for_model` measure the sizes, as
+            so that one rate may serve all ranks, shapes and widths. The modules and `for_model` measure the sizes, as
             `measure_base` does. Weight decay goes by `lr` alone, and the AdamW groups' rates stay as they are. Without
-            it `lr` is the step's spectral norm in units of the weights, as that of `Riemannion` is.
+            it `lr` is the step's spectral norm in units of the weights, as that of `Riemannion` is: give one then, such
+            as 0.05.
     """
 
     def __init__(

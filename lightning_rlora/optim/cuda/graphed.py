@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lightning_rlora.optim.cuda.bucket import Bucket, pinned
 from lightning_rlora.optim.cuda.whitened_bucket import WhitenedBucket
-from lightning_rlora.optim.groups import HYPERPARAMETERS, PairInGroup
+from lightning_rlora.optim.groups import HYPERPARAMETERS, PairInGroup, has_units
 
 
 class Found(NamedTuple):
@@ -89,7 +89,7 @@ class GraphedStep:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._warm = False
         self._aligned: list[bool] = []
-        self._kinds = [_kind(group) for group in groups]
+        self._fixed = [_fixed(group) for group in groups]
         self._params = self._params_of_groups()
         self._versions = self._versions_of_factors()
 
@@ -109,7 +109,7 @@ class GraphedStep:
         """Whether all is as the last step left it: groups, state and factors, as far as autograd knows."""
         params = self._params_of_groups()
         return (
-            self._kinds == [_kind(group) for group in self._groups]
+            self._fixed == [_fixed(group) for group in self._groups]
             and len(params) == len(self._params)
             and all(map(operator.is_, params, self._params))
             and all(bucket.owns(self._state) for bucket in self._buckets)
@@ -185,5 +185,10 @@ class GraphedStep:
 
 
 def _kind(group: dict[str, Any]) -> tuple[str, bool]:
-    """What of a group's options a graph is made for."""
+    """What pairs of a bucket have in common."""
     return group["algorithm"], group["simulate_adam"]
+
+
+def _fixed(group: dict[str, Any]) -> tuple[Any, ...]:
+    """What of a group's options a graph is made for."""
+    return *_kind(group), tuple(group["units"]) if has_units(group) else None

@@ -142,7 +142,12 @@ class TestTheOptimizerWithIt:
         if step == 2:
             optimizer.max_tangent_norm = 0.5
 
-    @pytest.mark.parametrize("change", ["factors", "momenta", "norm"])
+    def change_units(self, step, optimizer):
+        if step == 2:
+            for group in optimizer.param_groups:
+                group.update(relative=True, units=[3.0] * (len(group["params"]) // 2))
+
+    @pytest.mark.parametrize("change", ["factors", "momenta", "norm", "units"])
     def test_takes_up_what_was_changed(self, change):
         fast, exact, ways = self.run(getattr(self, f"change_{change}"))
         assert ways == [True, True, False, True, True]
