@@ -28,8 +28,8 @@ from lightning_rlora.files import write_atomically
 from lightning_rlora.modules.base_model import load_base, load_tokenizer
 from lightning_rlora.modules.packing import check_packing
 
-QUICK = {"rank": 4, "steps": 20, "rows": 4, "max_length": 64, "validation_batches": 4, "rates": [0.14, 0.28]}
-QUICK |= {"adamw_rates": [0.006, 0.012], "seeds": [0]}
+QUICK = {"rank": 4, "steps": 20, "rows": 4, "max_length": 64, "validation_batches": 4}
+QUICK |= {"rates": [0.07, 0.14, 0.28], "adamw_rates": [0.006, 0.012, 0.024], "seeds": [0]}
 Row = dict[str, Any]
 
 
@@ -142,7 +142,7 @@ def table(rows: Sequence[Row]) -> str:
     lines = [
         "Mean and standard deviation over the seeds; differences are taken seed by seed. *: the best rate is at an end",
         "of those that were tried, so a better one may lie beyond.\n",
-        "| ingredient | idea | best rate | validation loss | less baseline's | diverged |",
+        "| ingredient | idea | best rate | validation loss | minus the baseline's | diverged |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for name, idea, *_ in INGREDIENTS:

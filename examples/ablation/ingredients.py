@@ -166,6 +166,10 @@ def adamw(second: float) -> list[Ingredient]:
 
 
 BASELINE = Ingredient("baseline", "whitened Riemannion with rates relative to the base's weights", WhitenedStep())
+EXPONENT = "of the mean squares; Shampoo's is 0.25 (arXiv 1802.09568)"
+BETWEEN = "between the momentum and its polar factor"
+WARMUP = "share of the run over which the rate rises"
+CLIPPING = "gradients larger than usual count less"
 CURVATURE = "how long, and above what floor, curvatures remember"
 START = "a locally optimal start of this size (RiemannLoRA, arXiv 2507.12142) from 4 batches, base shifted"
 MOMENTUM = "share of the momentum kept"
@@ -174,18 +178,11 @@ POWER = "the schedule's decay to a power"
 
 INGREDIENTS = [
     BASELINE,
-    Ingredient("absolute rate", "one spectral norm for every layer, as in Muon", WhitenedStep(unit=absolute)),
+    Ingredient("absolute rate", "one spectral norm of the step for every layer", WhitenedStep(unit=absolute)),
     Ingredient("relative to size only", "entries' root mean square, not the shape", WhitenedStep(unit=size_only)),
     Ingredient("relative to shape only", "root of the larger side, not the size", WhitenedStep(unit=shape_only)),
     Ingredient("no whitening", "the paper's Riemannion (arXiv 2507.12142)", WhitenedStep(exponent=0.0)),
-    *each(
-        "whitening exponent {}",
-        "0.25 of the mean squares is Shampoo's (arXiv 1802.09568)",
-        lambda x: WhitenedStep(exponent=x),
-        0.125,
-        0.375,
-        0.5,
-    ),
+    *each("whitening exponent {}", EXPONENT, lambda x: WhitenedStep(exponent=x), 0.125, 0.375, 0.5),
     Ingredient("whole-matrix whitening", "Shampoo's matrices in place of their diagonals", WholeMatrices()),
     *each("curvature decay {}", CURVATURE, lambda x: WhitenedStep(curvature_decay=x), 0.9, 0.99),
     *each("curvature floor {}", CURVATURE, lambda x: WhitenedStep(floor=x), 0.1, 1e-6),
@@ -194,39 +191,13 @@ INGREDIENTS = [
     Ingredient("momentum 0.6 to 0.95", "short memory first, long memory last", MomentumRamp(momentum=0.6)),
     Ingredient("slow second momentum", "a second, longer average beside (AdEMAMix, arXiv 2409.03137)", SlowMomentum()),
     Ingredient("cautious", "drops directions that the last gradient opposes (Cautious, arXiv 2411.16085)", Cautious()),
-    *each(
-        "singular values to the power {}",
-        "between the momentum and its polar factor",
-        lambda x: PartlyOrthogonal(power=x),
-        0.1,
-        0.2,
-        0.5,
-    ),
+    *each("singular values to the power {}", BETWEEN, lambda x: PartlyOrthogonal(power=x), 0.1, 0.2, 0.5),
     Ingredient("block outside both spaces kept", "orthogonalised without the tangent projection after", OutsideKept()),
-    Ingredient(
-        "orthographic retraction",
-        "fills the outer block so that the rank is r before truncation (Absil and Malick, 2012)",
-        Orthographic(),
-    ),
-    *each(
-        "warm-up {}",
-        "share of the run over which the rate rises",
-        lambda x: WhitenedStep(warmup=x),
-        0.0,
-        0.02,
-        0.1,
-        0.2,
-    ),
+    Ingredient("orthographic retraction", "the outer block filled to rank r (Absil and Malick, 2012)", Orthographic()),
+    *each("warm-up {}", WARMUP, lambda x: WhitenedStep(warmup=x), 0.0, 0.02, 0.1, 0.2),
     *each("decay to the power {}", POWER, lambda x: WhitenedStep(decay_power=x), 0.75, 1.4),
     Ingredient("weight decay 0.04", "X shrinks by the rate times this", WhitenedStep(weight_decay=0.04)),
-    *each(
-        "clipped at {} of the running norm",
-        "gradients larger than usual count less",
-        lambda x: Clipped(limit=x),
-        1.0,
-        1.5,
-        2.5,
-    ),
+    *each("clipped at {} of the running norm", CLIPPING, lambda x: Clipped(limit=x), 1.0, 1.5, 2.5),
     *each("locally optimal start, alpha {}", START, lambda x: LocallyOptimalStart(alpha=x), -0.01, -0.05, -0.25),
     Ingredient("later layers faster", "half the pace first to twice the pace last", WhitenedStep(pace=later_faster)),
     Ingredient("attention's v, o at half pace", KINDS, WhitenedStep(pace=where("[vo]_proj", 0.5))),
