@@ -266,7 +266,7 @@ def sources(tmp_path):
         records = [{"question": f"What is {i} and {i}?", "answer": str(2 * i)} for i in numbers]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     files = [f"--{name}={tmp_path / name}.jsonl" for name in ("train", "validation")]
-    return [*files, "--prompt", "Question: {question}\nAnswer:", "--answer", " {answer}"]
+    return [*files, "--prompt", r"Question: {question}\nAnswer:", "--answer", " {answer}"]
 
 
 def rows_of(folder):
@@ -295,6 +295,7 @@ def test_a_stopped_ablation_goes_on(tmp_path, sources, monkeypatch, capsys):
     ablation.main(command)
     rows = rows_of(output)
     assert rows[:4] == first
+    assert json.loads((output / "settings.json").read_text())["prompt"] == "Question: {question}\nAnswer:"
     assert [row["ingredient"] for row in rows[4:]] == [names[0]] * 4 + [names[1]] * 2
     assert [row["steps"] for row in rows] == [2] * 8 + [4] * 2
     monkeypatch.setattr(ablation, "load_base", None)  # nothing is left to train

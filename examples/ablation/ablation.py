@@ -33,13 +33,17 @@ QUICK |= {"rates": [0.07, 0.14, 0.28], "adamw_rates": [0.006, 0.012, 0.024], "se
 Row = dict[str, Any]
 
 
+def template(text: str) -> str:
+    return text.replace("\\n", "\n")  # which a shell leaves as it is
+
+
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base", default="embedded:tiny-lm", help="folder, hub id or embedded name of a causal LM")
     parser.add_argument("--train", default="embedded:python-topics", help="a source as TextData takes it")
     parser.add_argument("--validation", help="another one; embedded sources bring their own")
-    parser.add_argument("--prompt", help="template of what is not learned, with --answer")
-    parser.add_argument("--answer", help="template of what is learned; without both, the field text is")
+    parser.add_argument("--prompt", type=template, help="of what is not learned, with --answer; \\n is a new line")
+    parser.add_argument("--answer", type=template, help="of what is learned; without both, the field text is")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rows", type=int, default=64, help="of a batch")
