@@ -136,7 +136,8 @@ class WhitenedStep(Method):
     def units(self, layers: list[Layer], rank: int) -> list[float]:
         """The spectral norms of steps at rate 1; other units than `relative` are given its geometric mean."""
         same = geometric_mean([relative(layer) for layer in layers]) / geometric_mean([self.unit(x) for x in layers])
-        return [self.pace(layer) * self.unit(layer) * same / math.sqrt(2 * rank) for layer in layers]
+        fitting = [min(2 * rank, layer.m, layer.n) for layer in layers]  # singular values of one in a step
+        return [self.pace(x) * self.unit(x) * same / count**0.5 for x, count in zip(layers, fitting, strict=True)]
 
     def start(self, layer: Layer, rank: int, generator: torch.Generator, gradient: Tensor | None) -> Sides:
         """A random point too small to change the function."""
