@@ -67,7 +67,10 @@ def uninterrupted(request, tmp_path_factory):
     return METHODS[request.param], result(folder)
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(
+    "moment",  # the second epoch's middle has all that the first one's has
+    [pytest.param(name, marks=[pytest.mark.slow] if "first epoch" in name else []) for name in MOMENTS],
+)
 def test_a_killed_run_resumes_to_the_same_bits(moment, uninterrupted, tmp_path):
     method, (weights, state, files) = uninterrupted
     arguments = [*COMMON, *method, "--trainer.default_root_dir", str(tmp_path)]

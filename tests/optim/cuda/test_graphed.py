@@ -113,7 +113,7 @@ class TestTheOptimizerWithIt:
     def run(self, change=lambda step, optimizer: None, steps=5, seed=1):
         """The fast optimizer, and one in float64 by the plain step; both changed alike before steps."""
         generator = torch.Generator().manual_seed(seed)
-        fast, exact = (build(Riemannion, SMALL[:2], dtype, lr=0.01) for dtype in (torch.float32, torch.float64))
+        fast, exact = (build(Riemannion, SMALL[:1], dtype, lr=0.01) for dtype in (torch.float32, torch.float64))
         ways = []
         for step in range(steps):
             for optimizer in (fast, exact):
@@ -149,8 +149,8 @@ class TestTheOptimizerWithIt:
 
     @pytest.mark.parametrize("change", ["factors", "momenta", "norm", "units"])
     def test_takes_up_what_was_changed(self, change):
-        fast, exact, ways = self.run(getattr(self, f"change_{change}"))
-        assert ways == [True, True, False, True, True]
+        fast, exact, ways = self.run(getattr(self, f"change_{change}"), steps=4)
+        assert ways == [True, True, False, True]
         assert worst_error(fast, exact) < 3e-6
 
     def test_a_scaling_behind_autograds_back_is_noticed(self):
@@ -165,7 +165,7 @@ class TestTheOptimizerWithIt:
     @pytest.mark.parametrize("late", ["in two steps", "when a change ends the graph"])
     def test_a_gradient_that_is_not_finite_is_told_in_any_case(self, late):
         generator = torch.Generator().manual_seed(1)
-        optimizer = build(Riemannion, SMALL[:2], torch.float32, lr=0.01)
+        optimizer = build(Riemannion, SMALL[:1], torch.float32, lr=0.01)
         for step in range(4):
             hand_over([optimizer], random_gradients(optimizer, generator))
             if step == 1:
@@ -181,7 +181,7 @@ class TestTheOptimizerWithIt:
 
     def test_gradients_in_any_layout(self):
         generator = torch.Generator().manual_seed(1)
-        one, other = (build(Riemannion, SMALL[:2], torch.float32, lr=0.01) for _ in range(2))
+        one, other = (build(Riemannion, SMALL[:1], torch.float32, lr=0.01) for _ in range(2))
         for _ in range(3):
             hand_over([one, other], random_gradients(one, generator))
             for a, b, _ in pairs_of(other):
