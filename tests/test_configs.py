@@ -67,15 +67,15 @@ def test_it_runs_with_tiny_stand_ins(path, tmp_path, monkeypatch):
     if config["model"]["class_path"] == "TextToImage" and "embedded:" not in config["model"]["init_args"]["pipeline"]:
         options += ["--model.pipeline", saved(tmp_path / "pipeline", "sdxl" if "sdxl" in path.stem else "sd15")]
         options += ["--model.truncate_prompts", "true", "--data.images", "embedded:robot", "--data.size", "16"]
-        for callback in config["trainer"]["callbacks"]:
-            if callback["class_path"] == "LocallyOptimalInit":
-                callback["init_args"] |= {"power_steps": 1, "draws": 1}  # no more of the same
-        path = tmp_path / path.name
-        path.write_text(yaml.safe_dump(config))
     elif config["model"]["class_path"] == "SequenceClassification":
         options += classification_stand_ins(config["data"]["init_args"]["task"])
     elif config["model"]["class_path"] == "CausalLM" and "embedded:" not in config["model"]["init_args"]["base"]:
         options += ["--model.base", "embedded:tiny-lm", *stand_ins(config["data"])]
+    for callback in config["trainer"].get("callbacks") or []:
+        if callback["class_path"] == "LocallyOptimalInit":
+            callback["init_args"] |= {"power_steps": 1, "batches": 1, "draws": 1}  # no more of the same
+    path = tmp_path / path.name
+    path.write_text(yaml.safe_dump(config))
     main(["fit", "--config", str(path), *options])
     assert not Path("runs").exists() or not list(Path("runs").rglob("adapter"))
 

@@ -27,7 +27,7 @@ COMMON = [
 METHODS = {
     "Riemannion with LOI": [
         *("--model.optimizer", "Riemannion", "--model.optimizer.lr", "0.02"),
-        "--trainer.callbacks+=LocallyOptimalInit",
+        *("--trainer.callbacks+=LocallyOptimalInit", "--trainer.callbacks.power_steps=1"),
         "--trainer.callbacks+=Retraction",
         *("--spectrum.every_n_steps", "3"),
     ],
