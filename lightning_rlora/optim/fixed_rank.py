@@ -42,10 +42,10 @@ class FixedRankOptimizer(Optimizer):
 
     Groups with `algorithm` riemannion, whitened or sgd hold pairs of factors, `params` = A, B, A, B, ..., and their
     `scaling` c, with `relative` rates also the pairs' `units` that `measure_base` fills in; groups with `algorithm`
-    adamw hold anything. State, beside each factor and of its shape, is the
-    momentum's tangent factor, half of what AdamW keeps, and `anchor`, a small sketch of what it refers to: where the
-    factors are changed from outside between two steps (loaded, merged, re-factored), the momentum is carried to the new
-    ones if they span the same spaces, and forgotten if they do not.
+    adamw hold anything. State, beside each factor and of its shape, is the momentum's tangent factor, half of what
+    AdamW keeps, and `anchor`, a small sketch of what it refers to: where the factors are changed from outside between
+    two steps (loaded, merged, re-factored), the momentum is carried to the new ones if they span the same spaces, and
+    forgotten if they do not.
 
     Args:
         params: Parameter groups; `parameter_groups(model)` makes them, `for_model` does both.
