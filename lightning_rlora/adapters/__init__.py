@@ -20,6 +20,7 @@ from lightning_rlora.adapters.gauge import (
     refuse_trained,
     write_point,
 )
+from lightning_rlora.adapters.input_casts import leave_casts_to_autocast
 from lightning_rlora.adapters.offset import (
     BaseOffset,
     check_shiftable,
@@ -62,6 +63,7 @@ __all__ = [
     "group_by_shape",
     "is_sharded",
     "keep_adapter",
+    "leave_casts_to_autocast",
     "load_adapter",
     "matrix",
     "merge_adapter",

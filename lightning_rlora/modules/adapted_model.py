@@ -23,6 +23,7 @@ from lightning_rlora.adapters import (
     check_adapter,
     is_sharded,
     keep_adapter,
+    leave_casts_to_autocast,
     load_adapter,
     merge_adapter,
     scan,
@@ -100,7 +101,9 @@ class AdaptedModel(LightningModule, ABC):
             self.model.disable_input_require_grads()
         track_offsets(scan(self.model).pairs)
         if compile:
-            compile_in_place(self.model)
+            compile_in_place(self.model)  # which also does away with needless casts
+        else:
+            leave_casts_to_autocast(self.model)
 
     @abstractmethod
     def forward(self, batch: Any) -> Any:
