@@ -10,20 +10,12 @@ from lightning_rlora.optim.cuda.tiles import _address, _factor, _load, _of_rows,
 
 
 @triton.jit
-def _add_applied(tile, t, total, IS_A: tl.constexpr, PRECISION: tl.constexpr):
-    """Total + tile T, or for A its transpose."""
+def _add_applied(tile, t, total, PRECISION: tl.constexpr):
+    """Total + tile T."""
     if PRECISION == "float64":
-        tile = tile.to(tl.float64)
-        t = t.to(tl.float64)
-        if IS_A:
-            total = tl.dot(tl.trans(t), tile, total, out_dtype=tl.float64)
-        else:
-            total = tl.dot(tile, t, total, out_dtype=tl.float64)
+        total = tl.dot(tile.to(tl.float64), t.to(tl.float64), total, out_dtype=tl.float64)
     else:
-        if IS_A:
-            total = tl.dot(tl.trans(t), tile, total, input_precision=PRECISION)
-        else:
-            total = tl.dot(tile, t, total, input_precision=PRECISION)
+        total = tl.dot(tile, t, total, input_precision=PRECISION)
     return total
 
 
@@ -37,25 +29,21 @@ def _apply_to_side(
     SUM: tl.constexpr = tl.float64 if PRECISION == "float64" else tl.float32
     for start in range(low, high, BLOCK):
         rows = start + tl.arange(0, BLOCK)
-        if IS_A:
-            change = tl.zeros((TILE, BLOCK), SUM)
-            carried = tl.zeros((TILE, BLOCK), SUM)
-        else:
-            change = tl.zeros((BLOCK, TILE), SUM)
-            carried = tl.zeros((BLOCK, TILE), SUM)
+        change = tl.zeros((BLOCK, TILE), SUM)
+        carried = tl.zeros((BLOCK, TILE), SUM)
         for first in tl.static_range(0, TILE, DEPTH):
             inner = first + tl.arange(0, DEPTH)
             b = _factor(factor, frame, rows, inner, height, r, IS_A)
             n = _velocity(gradient, momentum, weights, kept, frame, rows, inner, height, r, IS_A)
             inside = (inner < r)[:, None] & (columns < r)[None, :]
             entries = t + inner[:, None] * 2 * r + columns[None, :]
-            change = _add_applied(b, tl.load(entries, mask=inside, other=0.0), change, IS_A, PRECISION)
-            carried = _add_applied(b, tl.load(entries + r, mask=inside, other=0.0), carried, IS_A, PRECISION)
+            change = _add_applied(b, tl.load(entries, mask=inside, other=0.0), change, PRECISION)
+            carried = _add_applied(b, tl.load(entries + r, mask=inside, other=0.0), carried, PRECISION)
             entries += 2 * r * r
-            change = _add_applied(n, tl.load(entries, mask=inside, other=0.0), change, IS_A, PRECISION)
-            carried = _add_applied(n, tl.load(entries + r, mask=inside, other=0.0), carried, IS_A, PRECISION)
+            change = _add_applied(n, tl.load(entries, mask=inside, other=0.0), change, PRECISION)
+            carried = _add_applied(n, tl.load(entries + r, mask=inside, other=0.0), carried, PRECISION)
         if frame is not None:
-            weight = _of_rows(frame, rows, height, IS_A)
+            weight = _of_rows(frame, rows, height)
             change = change * (1 / weight)
             carried = carried * weight
         moved = _load(factor, rows, columns, height, r, IS_A) + change.to(tl.float32)

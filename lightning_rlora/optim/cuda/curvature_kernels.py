@@ -54,21 +54,15 @@ def _add_to_curvature(
     columns = tl.arange(0, TILE)
     for start in range(low, high, BLOCK):
         rows = start + tl.arange(0, BLOCK)
-        if IS_A:
-            seen = tl.zeros((TILE, BLOCK), tl.float32)
-        else:
-            seen = tl.zeros((BLOCK, TILE), tl.float32)
+        seen = tl.zeros((BLOCK, TILE), tl.float32)
         for first in tl.static_range(0, TILE, DEPTH):
             inner = first + tl.arange(0, DEPTH)
             g = _gradient(gradient, weights, rows, inner, height, r, IS_A)
             inside = (inner < r)[:, None] & (columns < r)[None, :]
             t = tl.load(at_basis + inner[:, None] * r + columns[None, :], mask=inside, other=0.0)
-            if IS_A:
-                seen = tl.dot(tl.trans(t), g, seen, input_precision="tf32x3")
-            else:
-                seen = tl.dot(g, t, seen, input_precision="tf32x3")
+            seen = tl.dot(g, t, seen, input_precision="tf32x3")
         seen = seen.to(tl.float64)
-        squares = tl.sum(seen * seen, 0 if IS_A else 1)
+        squares = tl.sum(seen * seen, 1)
         old = tl.load(curvature + rows, mask=rows < height, other=0.0).to(tl.float64)
         new = tl.sqrt(decay * old * old + (1 - decay) * squares)
         tl.store(curvature + rows, new.to(tl.float32), mask=rows < height)
