@@ -5,7 +5,8 @@ through one launch, and no adapter is ever copied. A *side* is one factor with i
 are B and its like, (rows, r) and contiguous; odd sides are A and its like, stored as (r, rows).
 
 The rows of the table, an address a side each: factors, gradients (zero where there is none), momenta; and for whitened
-pairs curvatures, and the weights of rows that bring a tall matrix into the frame of the step (`optim.whitening`).
+pairs curvatures, and the weights of rows that bring a tall matrix into the frame of the step (`optim.whitening`), with
+their inverses behind them, from the next multiple of 16 on.
 """
 
 from __future__ import annotations
@@ -45,6 +46,11 @@ def _store(pointer, tile, rows, columns, height, r: tl.constexpr, IS_A: tl.const
 
 
 @triton.jit
+def _inverses(frame, height):
+    return frame + tl.cdiv(height, 16) * 16
+
+
+@triton.jit
 def _of_rows(pointer, rows, height):
     """A number of each row, to be multiplied with a tile; ones outside."""
     return tl.load(pointer + rows, mask=rows < height, other=1.0)[:, None]
@@ -60,18 +66,12 @@ def _factor(factor, frame, rows, columns, height, r: tl.constexpr, IS_A: tl.cons
 
 
 @triton.jit
-def _gradient(gradient, weights, rows, columns, height, r: tl.constexpr, IS_A: tl.constexpr):
-    """A tile of the gradient, its columns weighted."""
-    weight = tl.load(weights + columns, mask=columns < r, other=0.0)
-    return _load(gradient, rows, columns, height, r, IS_A) * weight[None, :]
-
-
-@triton.jit
 def _velocity(gradient, momentum, weights, kept, frame, rows, columns, height, r: tl.constexpr, IS_A: tl.constexpr):
-    """A tile of the new momentum: the weighted gradient and the share of the old one that is kept, in the frame."""
-    g = _gradient(gradient, weights, rows, columns, height, r, IS_A)
+    """A tile of the new momentum: the gradient, its columns weighted, and the share kept of the old, in the frame."""
+    weight = tl.load(weights + columns, mask=columns < r, other=0.0)
+    g = _load(gradient, rows, columns, height, r, IS_A)
     m = _load(momentum, rows, columns, height, r, IS_A)
-    tile = g + kept * m
+    tile = g * weight[None, :] + kept * m
     if frame is not None:
-        tile = tile * (1 / _of_rows(frame, rows, height))
+        tile = tile * _of_rows(_inverses(frame, height), rows, height)
     return tile
