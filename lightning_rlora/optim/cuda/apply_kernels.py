@@ -6,30 +6,37 @@ import triton
 import triton.language as tl
 
 from lightning_rlora.optim.cuda.curvature_kernels import _add_to_curvature
-from lightning_rlora.optim.cuda.tiles import _address, _factor, _load, _of_rows, _store, _velocity
+from lightning_rlora.optim.cuda.tiles import _address, _factor, _inverses, _load, _of_rows, _store, _velocity
 
 
 @triton.jit
-def _add_applied(tile, t, total, IS_A: tl.constexpr, PRECISION: tl.constexpr):
-    """Total + tile T, or for A its transpose."""
+def _in_tf32(x):
+    """X rounded to the bits that TF32 has, and the rest."""
+    rounded = ((x.to(tl.int32, bitcast=True) + (1 << 12)) & -(1 << 13)).to(tl.float32, bitcast=True)
+    return rounded, x - rounded
+
+
+@triton.jit
+def _add_applied(tile, t, total, PRECISION: tl.constexpr):
+    """Total + tile T, in float64 or in three products of TF32.
+
+    Those are Triton's "tf32x3" without its care for infinities: steps that meet any are skipped, and it takes a third
+    of the time.
+    """
     if PRECISION == "float64":
-        tile = tile.to(tl.float64)
-        t = t.to(tl.float64)
-        if IS_A:
-            total = tl.dot(tl.trans(t), tile, total, out_dtype=tl.float64)
-        else:
-            total = tl.dot(tile, t, total, out_dtype=tl.float64)
+        total = tl.dot(tile.to(tl.float64), t.to(tl.float64), total, out_dtype=tl.float64)
     else:
-        if IS_A:
-            total = tl.dot(tl.trans(t), tile, total, input_precision=PRECISION)
-        else:
-            total = tl.dot(tile, t, total, input_precision=PRECISION)
+        tile, tile_rest = _in_tf32(tile)
+        t, t_rest = _in_tf32(t)
+        total = tl.dot(tile_rest, t, total, input_precision="tf32")
+        total = tl.dot(tile, t_rest, total, input_precision="tf32")
+        total = tl.dot(tile, t, total, input_precision="tf32")
     return total
 
 
 @triton.jit
 def _apply_to_side(
-    factor, gradient, momentum, weights, kept, frame, low, high, height, t,
+    factor, gradient, momentum, weights, kept, frame, curvature, decay, at_basis, low, high, height, t,
     r: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr, BLOCK: tl.constexpr, IS_A: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -37,32 +44,35 @@ def _apply_to_side(
     SUM: tl.constexpr = tl.float64 if PRECISION == "float64" else tl.float32
     for start in range(low, high, BLOCK):
         rows = start + tl.arange(0, BLOCK)
-        if IS_A:
-            change = tl.zeros((TILE, BLOCK), SUM)
-            carried = tl.zeros((TILE, BLOCK), SUM)
-        else:
-            change = tl.zeros((BLOCK, TILE), SUM)
-            carried = tl.zeros((BLOCK, TILE), SUM)
+        change = tl.zeros((BLOCK, TILE), SUM)
+        carried = tl.zeros((BLOCK, TILE), SUM)
+        seen = tl.zeros((BLOCK, TILE), SUM)
         for first in tl.static_range(0, TILE, DEPTH):
             inner = first + tl.arange(0, DEPTH)
             b = _factor(factor, frame, rows, inner, height, r, IS_A)
             n = _velocity(gradient, momentum, weights, kept, frame, rows, inner, height, r, IS_A)
             inside = (inner < r)[:, None] & (columns < r)[None, :]
             entries = t + inner[:, None] * 2 * r + columns[None, :]
-            change = _add_applied(b, tl.load(entries, mask=inside, other=0.0), change, IS_A, PRECISION)
-            carried = _add_applied(b, tl.load(entries + r, mask=inside, other=0.0), carried, IS_A, PRECISION)
+            change = _add_applied(b, tl.load(entries, mask=inside, other=0.0), change, PRECISION)
+            carried = _add_applied(b, tl.load(entries + r, mask=inside, other=0.0), carried, PRECISION)
             entries += 2 * r * r
-            change = _add_applied(n, tl.load(entries, mask=inside, other=0.0), change, IS_A, PRECISION)
-            carried = _add_applied(n, tl.load(entries + r, mask=inside, other=0.0), carried, IS_A, PRECISION)
+            change = _add_applied(n, tl.load(entries, mask=inside, other=0.0), change, PRECISION)
+            carried = _add_applied(n, tl.load(entries + r, mask=inside, other=0.0), carried, PRECISION)
+            if frame is not None:
+                g = _load(gradient, rows, inner, height, r, IS_A)  # the same as N's, and so read once
+                entries = at_basis + inner[:, None] * r + columns[None, :]
+                seen = _add_applied(g, tl.load(entries, mask=inside, other=0.0), seen, PRECISION)
+        change = change.to(tl.float32)
+        carried = carried.to(tl.float32)
         if frame is not None:
-            weight = _of_rows(frame, rows, height, IS_A)
-            change = change * (1 / weight)
-            carried = carried * weight
-        moved = _load(factor, rows, columns, height, r, IS_A) + change.to(tl.float32)
+            _add_to_curvature(curvature, seen, decay, rows, height)
+            change *= _of_rows(_inverses(frame, height), rows, height)
+            carried *= _of_rows(frame, rows, height)
+        moved = _load(factor, rows, columns, height, r, IS_A) + change
         if TILE > DEPTH:
             tl.debug_barrier()  # every thread has read the rows before any is overwritten
         _store(factor, moved, rows, columns, height, r, IS_A)
-        _store(momentum, carried.to(tl.float32), rows, columns, height, r, IS_A)
+        _store(momentum, carried, rows, columns, height, r, IS_A)
 
 
 @triton.jit
@@ -86,20 +96,20 @@ def _apply(
     w = weights + side * r
     share = tl.load(kept + side)
     t += side.to(tl.int64) * 4 * r * r
-    frame = None
+    frame, c, decay = None, None, None
     if WHITENED:
         frame = _address(table, 4 * sides + side, ALIGNED)
         c = _address(table, 3 * sides + side, ALIGNED)
         decay = tl.load(decays + side)
-        at_basis = at_bases + side.to(tl.int64) * r * r
-        if side % 2 == 0:
-            _add_to_curvature(c, g, w, decay, at_basis, low, high, height, r, TILE, DEPTH, BLOCK, False)
-        else:
-            _add_to_curvature(c, g, w, decay, at_basis, low, high, height, r, TILE, DEPTH, BLOCK, True)
+        at_bases += side.to(tl.int64) * r * r
     if side % 2 == 0:
-        _apply_to_side(f, g, m, w, share, frame, low, high, height, t, r, TILE, DEPTH, BLOCK, False, PRECISION)
+        _apply_to_side(
+            f, g, m, w, share, frame, c, decay, at_bases, low, high, height, t, r, TILE, DEPTH, BLOCK, False, PRECISION
+        )
     else:
-        _apply_to_side(f, g, m, w, share, frame, low, high, height, t, r, TILE, DEPTH, BLOCK, True, PRECISION)
+        _apply_to_side(
+            f, g, m, w, share, frame, c, decay, at_bases, low, high, height, t, r, TILE, DEPTH, BLOCK, True, PRECISION
+        )
 
 
 @triton.jit

@@ -12,15 +12,9 @@ from lightning_rlora.optim.cuda.tiles import _address, _factor, _velocity
 
 
 @triton.jit
-def _add_product(x, y, total, IS_A: tl.constexpr):
-    """Total + X^T Y, summed in float64, of tiles as `_load` returns them."""
-    x = x.to(tl.float64)
-    y = y.to(tl.float64)
-    if IS_A:
-        total = tl.dot(x, tl.trans(y), total, out_dtype=tl.float64)
-    else:
-        total = tl.dot(tl.trans(x), y, total, out_dtype=tl.float64)
-    return total
+def _add_product(x, y, total):
+    """Total + X^T Y, summed in float64."""
+    return tl.dot(tl.trans(x.to(tl.float64)), y.to(tl.float64), total, out_dtype=tl.float64)
 
 
 @triton.jit
@@ -37,9 +31,9 @@ def _gram_of_side(
         rows = start + tl.arange(0, BLOCK)
         b = _factor(factor, frame, rows, columns, height, r, IS_A)
         n = _velocity(gradient, momentum, weights, kept, frame, rows, columns, height, r, IS_A)
-        bb = _add_product(b, b, bb, IS_A)
-        bn = _add_product(b, n, bn, IS_A)
-        nn = _add_product(n, n, nn, IS_A)
+        bb = _add_product(b, b, bb)
+        bn = _add_product(b, n, bn)
+        nn = _add_product(n, n, nn)
     entries = columns[:, None] * TILE + columns[None, :]
     tl.store(out + entries, bb)
     tl.store(out + TILE * TILE + entries, bn)
@@ -92,7 +86,7 @@ def _gram_of_tiles(
             y = _velocity(gradient, momentum, weights, kept, frame, rows, y_columns, height, r, IS_A)
         else:
             y = _factor(factor, frame, rows, y_columns, height, r, IS_A)
-        total = _add_product(x, y, total, IS_A)
+        total = _add_product(x, y, total)
     return total
 
 

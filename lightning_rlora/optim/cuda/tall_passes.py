@@ -51,7 +51,7 @@ class _Plan(NamedTuple):
             return cls(32, 1024, gram, {"BLOCK": 64, "DEPTH": 32, "PRECISION": "float64", "num_warps": 4})
         gram = {"BLOCK": 16, "num_warps": 4, "num_stages": 3}
         if tile == 64:
-            apply = {"BLOCK": 32, "DEPTH": 64, "PRECISION": "float64", "num_warps": 4, "num_stages": 2}
+            apply = {"BLOCK": 32, "DEPTH": 64, "PRECISION": "float64", "num_warps": 8, "num_stages": 2}
         else:
             apply = {"BLOCK": 32, "DEPTH": 32, "PRECISION": "float64", "num_warps": 8, "num_stages": 2}
         return cls(64, 4096, gram, apply)
@@ -81,7 +81,7 @@ class TallPasses:
         self._sides = len(heights)
         self.table = torch.zeros(5 if whitened else 3, len(heights), dtype=torch.int64, device=device)
         if whitened:
-            padded = [height + -height % 16 for height in heights]
+            padded = [2 * (height + -height % 16) for height in heights]  # weights and their inverses
             self._row_weights = torch.ones(sum(padded), device=device).split(padded)
             self.table[4].copy_(torch.tensor([weights.data_ptr() for weights in self._row_weights]))
         self._heights = torch.tensor(heights, dtype=torch.int32, device=device)
@@ -99,7 +99,9 @@ class TallPasses:
         Args:
             floors: float64 (sides,).
         """
-        _row_weights[(self._sides,)](self.table, self._sides, self._heights, floors, BLOCK=4096, num_warps=8)
+        _row_weights[(self._sides,)](
+            self.table, self._sides, self._heights, floors, BLOCK=4096, ALIGNED=self.aligned, num_warps=8
+        )
 
     def gram(self, weights: Tensor, kept: Tensor) -> Tensor:
         """The Gram matrices (sides, 2r, 2r) of [F N], N = gradient diag(weights) + kept momentum, float64.
@@ -141,8 +143,8 @@ class TallPasses:
             t: float32 (sides, 2r, 2r).
             skip: int32 (pairs,); pairs with anything but zero are left alone.
             decays: Of whitened pairs, float64 (sides,): the share of the curvatures' mean squares that is kept.
-            at_bases: Of whitened pairs, float32 (sides, r, r): what makes of the weighted gradient its products with
-                the other side's orthonormal basis; the squares of their rows enter the curvature.
+            at_bases: Of whitened pairs, float32 (sides, r, r): what makes of the gradient its products with the other
+                side's orthonormal basis; the squares of their rows enter the curvature.
         """
         r, work = self._rank, self._apply_items
         _apply[(len(work.side),)](

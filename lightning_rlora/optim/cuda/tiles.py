@@ -5,7 +5,8 @@ through one launch, and no adapter is ever copied. A *side* is one factor with i
 are B and its like, (rows, r) and contiguous; odd sides are A and its like, stored as (r, rows).
 
 The rows of the table, an address a side each: factors, gradients (zero where there is none), momenta; and for whitened
-pairs curvatures, and the weights of rows that bring a tall matrix into the frame of the step (`optim.whitening`).
+pairs curvatures, and the weights of rows that bring a tall matrix into the frame of the step (`optim.whitening`), with
+their inverses behind them, from the next multiple of 16 on.
 """
 
 from __future__ import annotations
@@ -23,36 +24,36 @@ def _address(table, index, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _load(pointer, rows, columns, height, r: tl.constexpr, IS_A: tl.constexpr):
-    """A tile of a tall matrix: (rows, columns) of B, (columns, rows) of A. Zero outside."""
+def _entries(pointer, rows, columns, height, r: tl.constexpr, IS_A: tl.constexpr):
     if IS_A:
-        inside = (columns < r)[:, None] & (rows < height)[None, :]
-        tile = tl.load(pointer + columns[:, None] * height + rows[None, :], mask=inside, other=0.0)
+        entries = pointer + columns[None, :] * height + rows[:, None]
     else:
-        inside = (rows < height)[:, None] & (columns < r)[None, :]
-        tile = tl.load(pointer + rows[:, None] * r + columns[None, :], mask=inside, other=0.0)
-    return tile
+        entries = pointer + rows[:, None] * r + columns[None, :]
+    return entries
+
+
+@triton.jit
+def _load(pointer, rows, columns, height, r: tl.constexpr, IS_A: tl.constexpr):
+    """A tile (rows, columns) of a tall matrix. Zero outside."""
+    inside = (rows < height)[:, None] & (columns < r)[None, :]
+    return tl.load(_entries(pointer, rows, columns, height, r, IS_A), mask=inside, other=0.0)
 
 
 @triton.jit
 def _store(pointer, tile, rows, columns, height, r: tl.constexpr, IS_A: tl.constexpr):
-    if IS_A:
-        inside = (columns < r)[:, None] & (rows < height)[None, :]
-        tl.store(pointer + columns[:, None] * height + rows[None, :], tile, mask=inside)
-    else:
-        inside = (rows < height)[:, None] & (columns < r)[None, :]
-        tl.store(pointer + rows[:, None] * r + columns[None, :], tile, mask=inside)
+    inside = (rows < height)[:, None] & (columns < r)[None, :]
+    tl.store(_entries(pointer, rows, columns, height, r, IS_A), tile, mask=inside)
 
 
 @triton.jit
-def _of_rows(pointer, rows, height, IS_A: tl.constexpr):
+def _inverses(frame, height):
+    return frame + tl.cdiv(height, 16) * 16
+
+
+@triton.jit
+def _of_rows(pointer, rows, height):
     """A number of each row, to be multiplied with a tile; ones outside."""
-    numbers = tl.load(pointer + rows, mask=rows < height, other=1.0)
-    if IS_A:
-        numbers = numbers[None, :]
-    else:
-        numbers = numbers[:, None]
-    return numbers
+    return tl.load(pointer + rows, mask=rows < height, other=1.0)[:, None]
 
 
 @triton.jit
@@ -60,28 +61,17 @@ def _factor(factor, frame, rows, columns, height, r: tl.constexpr, IS_A: tl.cons
     """A tile of the factor, in the frame of a whitened step."""
     tile = _load(factor, rows, columns, height, r, IS_A)
     if frame is not None:
-        tile = tile * _of_rows(frame, rows, height, IS_A)
-    return tile
-
-
-@triton.jit
-def _gradient(gradient, weights, rows, columns, height, r: tl.constexpr, IS_A: tl.constexpr):
-    """A tile of the gradient, its columns weighted."""
-    weight = tl.load(weights + columns, mask=columns < r, other=0.0)
-    tile = _load(gradient, rows, columns, height, r, IS_A)
-    if IS_A:
-        tile = tile * weight[:, None]
-    else:
-        tile = tile * weight[None, :]
+        tile = tile * _of_rows(frame, rows, height)
     return tile
 
 
 @triton.jit
 def _velocity(gradient, momentum, weights, kept, frame, rows, columns, height, r: tl.constexpr, IS_A: tl.constexpr):
-    """A tile of the new momentum: the weighted gradient and the share of the old one that is kept, in the frame."""
-    g = _gradient(gradient, weights, rows, columns, height, r, IS_A)
+    """A tile of the new momentum: the gradient, its columns weighted, and the share kept of the old, in the frame."""
+    weight = tl.load(weights + columns, mask=columns < r, other=0.0)
+    g = _load(gradient, rows, columns, height, r, IS_A)
     m = _load(momentum, rows, columns, height, r, IS_A)
-    tile = g + kept * m
+    tile = g * weight[None, :] + kept * m
     if frame is not None:
-        tile = tile * (1 / _of_rows(frame, rows, height, IS_A))
+        tile = tile * _of_rows(_inverses(frame, height), rows, height)
     return tile

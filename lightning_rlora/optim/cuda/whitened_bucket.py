@@ -98,7 +98,7 @@ class WhitenedBucket(Bucket):
         return t
 
     def _apply(self, skip: Tensor) -> None:
-        decays, at_bases = self._of_sides("curvature_decay"), self._turns.float()
+        decays, at_bases = self._of_sides("curvature_decay"), (self._weights.unsqueeze(2) * self._turns).float()
         self.passes.apply(self._weights, self._kept, self._t, skip, decays, at_bases)
 
     def _record(self, of_sides: Tensor) -> None:
