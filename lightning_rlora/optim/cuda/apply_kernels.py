@@ -20,8 +20,8 @@ def _in_tf32(x):
 def _add_applied(tile, t, total, PRECISION: tl.constexpr):
     """Total + tile T, in float64 or in three products of TF32.
 
-    Those are Triton's "tf32x3" without its care for infinities: steps that meet any are skipped, and it takes a third
-    of the time.
+    Those are Triton's "tf32x3" without its care for infinities, a third of its instructions: steps that meet any are
+    skipped.
     """
     if PRECISION == "float64":
         total = tl.dot(tile.to(tl.float64), t.to(tl.float64), total, out_dtype=tl.float64)

@@ -39,7 +39,7 @@ class _Plan(NamedTuple):
     apply: dict[str, Any]
 
     @classmethod
-    def of(cls, rank: int) -> _Plan:
+    def of(cls, rank: int, whitened: bool) -> _Plan:
         tile = max(16, triton.next_power_of_2(rank))
         if tile == 16:
             gram = {"BLOCK": 64, "num_warps": 1, "num_stages": 2}
@@ -51,7 +51,8 @@ class _Plan(NamedTuple):
             return cls(32, 1024, gram, {"BLOCK": 64, "DEPTH": 32, "PRECISION": "float64", "num_warps": 4})
         gram = {"BLOCK": 16, "num_warps": 4, "num_stages": 3}
         if tile == 64:
-            apply = {"BLOCK": 32, "DEPTH": 64, "PRECISION": "float64", "num_warps": 8, "num_stages": 2}
+            block = 16 if whitened else 32  # their third sum does not fit into the registers beside 32 rows
+            apply = {"BLOCK": block, "DEPTH": 64, "PRECISION": "float64", "num_warps": 4, "num_stages": 2}
         else:
             apply = {"BLOCK": 32, "DEPTH": 32, "PRECISION": "float64", "num_warps": 8, "num_stages": 2}
         return cls(64, 4096, gram, apply)
@@ -77,7 +78,7 @@ class TallPasses:
 
     def __init__(self, heights: list[int], rank: int, device: torch.device, *, aligned: bool, whitened: bool) -> None:
         self._rank, self.aligned, self._whitened = rank, aligned, whitened
-        self._plan = _Plan.of(rank)
+        self._plan = _Plan.of(rank, whitened)
         self._sides = len(heights)
         self.table = torch.zeros(5 if whitened else 3, len(heights), dtype=torch.int64, device=device)
         if whitened:
