@@ -99,7 +99,7 @@ def _add_compare(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--devices", help="as CUDA_VISIBLE_DEVICES names them, such as 0,1, or cpu; by default all")
     command.add_argument("--jobs", type=int, default=1, help="runs side by side on each device (default 1)")
-    command.add_argument("--only", default="", metavar="METHOD,...", help="run these methods only")
+    command.add_argument("--only", default="", metavar="NAME,...", help="run these methods or tasks only")
     command.add_argument("--limit-minutes", type=float, help="begin no run that would end later than this")
     command.add_argument("--keep-adapters", action="store_true", help="keep every run's trained adapter")
     command.add_argument("--report-only", action="store_true", help="run nothing, write tables and report")

@@ -159,9 +159,11 @@ def each(name: str, idea: str, method: Callable[[float], Method], *values: float
     return [Ingredient(name.format(value), idea, method(value)) for value in values]
 
 
-def adamw(second: float) -> list[Ingredient]:
+def adamw(second: float, power: float = 1.0) -> list[Ingredient]:
     name, idea = f"AdamW, betas (0.9, {second})", "the reference (arXiv 1711.05101), from LoRA's start"
-    method = AdamW(betas=(0.9, second))
+    if power != 1:
+        name += f", decay to the power {power}"
+    method = AdamW(betas=(0.9, second), decay_power=power)
     return [Ingredient(name, idea, method), Ingredient(f"{name}, twice the steps", idea, method, budgets=2)]
 
 
@@ -175,6 +177,7 @@ START = "a locally optimal start of this size (RiemannLoRA, arXiv 2507.12142) fr
 MOMENTUM = "share of the momentum kept"
 KINDS = "kinds of layers may want paces of their own"
 POWER = "the schedule's decay to a power"
+FEW_STEPS = "momentum 0.7 to 0.9, decay to the power 0.75, whitening exponent 0.35, together"
 
 INGREDIENTS = [
     BASELINE,
@@ -189,6 +192,8 @@ INGREDIENTS = [
     Ingredient("Nesterov", "one more step of momentum ahead, as in Muon", Nesterov()),
     *each("momentum {}", MOMENTUM, lambda x: WhitenedStep(momentum=x), 0.6, 0.7, 0.9),
     Ingredient("momentum 0.6 to 0.95", "short memory first, long memory last", MomentumRamp(momentum=0.6)),
+    Ingredient("momentum 0.7 to 0.9", "short memory first, long memory last", MomentumRamp(momentum=0.7, last=0.9)),
+    Ingredient("few steps", FEW_STEPS, MomentumRamp(momentum=0.7, last=0.9, decay_power=0.75, exponent=0.35)),
     Ingredient("slow second momentum", "a second, longer average beside (AdEMAMix, arXiv 2409.03137)", SlowMomentum()),
     Ingredient("cautious", "drops directions that the last gradient opposes (Cautious, arXiv 2411.16085)", Cautious()),
     *each("singular values to the power {}", BETWEEN, lambda x: PartlyOrthogonal(power=x), 0.1, 0.2, 0.5),
@@ -204,4 +209,5 @@ INGREDIENTS = [
     Ingredient("attention's q, k at half pace", KINDS, WhitenedStep(pace=where("[qk]_proj", 0.5))),
     Ingredient("MLP at twice the pace", KINDS, WhitenedStep(pace=where("mlp", 2.0))),
     *(row for second in (0.95, 0.99, 0.999) for row in adamw(second)),
+    *adamw(0.95, power=0.75),
 ]

@@ -40,7 +40,7 @@ def run_plan(
         fit: Trains as a configuration file says.
         devices: For CUDA_VISIBLE_DEVICES of a worker, or `cpu`.
         jobs: Workers on each device.
-        only: Methods to run; by default all.
+        only: Methods to run, tasks to run them on, or both; by default all.
         limit_minutes: Begin no run that would end later than this.
         keep_adapters: Keep every run's trained adapter; without, only its size is kept.
 
@@ -49,13 +49,17 @@ def run_plan(
             with another one.
     """
     for name in only:
-        if name not in plan.methods:
-            raise UserError(f"--only names {name!r}, which is none of the methods: {', '.join(plan.methods)}")
+        if name not in [*plan.methods, *plan.tasks]:
+            raise UserError(
+                f"--only names {name!r}, which is none of the methods: {', '.join(plan.methods)}; nor of the tasks: "
+                f"{', '.join(plan.tasks)}"
+            )
+    methods, tasks = ([name for name in only if name in there] or there for there in (plan.methods, plan.tasks))
     possible = plan.runs()
     planned = {
         run.folder: Job(run, plan.filled(run), output.absolute(), jobs, keep_adapters)
         for run in possible
-        if not only or run.method in only
+        if run.method in methods and run.task in tasks
     }
     workers = [device for _ in range(jobs) for device in devices]
     threads = max(1, (os.cpu_count() or 1) // len(workers))

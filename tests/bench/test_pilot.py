@@ -168,6 +168,9 @@ def test_both_stages_are_run_and_go_on_after_a_stop_in_either(stop, tmp_path, ca
     compare(plan, tmp_path / "out", only=["adamw"])
     printed = capsys.readouterr().out
     assert "pilot: 3 runs, 3 of them done" in printed and "kept rates: 4 runs, 4 of them done" in printed
+    compare(plan, tmp_path / "out", only=["two", "adamw"])
+    printed = capsys.readouterr().out
+    assert "pilot: 0 runs" in printed and "kept rates: 2 runs, 2 of them done" in printed
     compare(replace(plan, pilot=None), tmp_path / "out", only=["sgd"])  # the very runs of a plan without a pilot
     assert "\n4 runs, 4 of them done" in "\n" + capsys.readouterr().out
 

@@ -174,7 +174,7 @@ def test_two_comparisons_do_not_share_a_folder(tmp_path):
             compare(make_plan(tmp_path), tmp_path / "out")
 
 
-def test_an_unknown_method_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"'adam'.*adamw, sgd"):
+def test_an_unknown_name_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"'adam'.*adamw, sgd; nor of the tasks: words"):
         compare(make_plan(tmp_path), tmp_path / "out", only=["adam"])
     assert not os.path.lexists(tmp_path / "out")
