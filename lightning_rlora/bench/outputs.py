@@ -13,10 +13,12 @@ from dataclasses import asdict, fields
 from itertools import pairwise
 from typing import Any
 
+from lightning_rlora.bench.curves import interpolate
 from lightning_rlora.bench.pilot import explain_choice
 from lightning_rlora.bench.plan import Plan
+from lightning_rlora.bench.rates import RateWindow
 from lightning_rlora.bench.results import Result
-from lightning_rlora.bench.table import RateWindow, Row, Score, interpolate
+from lightning_rlora.bench.table import Row, Score
 
 Cells = dict[str, str]
 

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from lightning_rlora.bench.plan import MEAN_OF_TASKS, PILOT, Plan, Run
+from lightning_rlora.bench.rates import best_rate, mean_losses
 from lightning_rlora.bench.results import Result
-from lightning_rlora.bench.table import Sweep, Sweeps, best_rate, mean_losses, mean_of_tasks
+from lightning_rlora.bench.table import Sweep, Sweeps, mean_of_tasks
 
 
 def pilot_plan(plan: Plan) -> Plan:

@@ -9,10 +9,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
+from lightning_rlora.bench.curves import mean_curve
 from lightning_rlora.bench.labels import label_ends
 from lightning_rlora.bench.plan import PILOT, Plan
 from lightning_rlora.bench.results import Curve, Result
-from lightning_rlora.bench.table import Row, mean_curve
+from lightning_rlora.bench.table import Row
 
 # six of Okabe and Ito's colours, which colour-blind readers tell apart, without the yellow that paper swallows and the
 # black that is the reference's; the last, a violet, is none of theirs

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterable
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -19,6 +17,7 @@ from lightning_rlora.errors import Diverged, UserError
 from lightning_rlora.optim.adamw import adamw_step
 from lightning_rlora.optim.anchors import sketch_rows
 from lightning_rlora.optim.batched import Batch
+from lightning_rlora.optim.cuda.eligible import can_be_graphed
 from lightning_rlora.optim.groups import (
     PairInGroup,
     check_full_rank,
@@ -27,6 +26,7 @@ from lightning_rlora.optim.groups import (
     pairs_in_group,
     pairs_of_new_group,
 )
+from lightning_rlora.optim.precision import full_precision
 from lightning_rlora.optim.whitened_batch import WhitenedBatch
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ class FixedRankOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with _full_precision():
+        with full_precision():
             if not self._step_graphed():
                 self._step_batched()
         return loss
@@ -303,40 +303,3 @@ class FixedRankOptimizer(Optimizer):
         if self.max_tangent_norm is None or norm <= self.max_tangent_norm:
             return 1.0
         return self.max_tangent_norm / norm
-
-
-def can_be_graphed(factors: list[Tensor]) -> bool:
-    """Whether the fast step takes these factors: plain float32 tensors on one NVIDIA GPU of 2020 or later.
-
-    Ranks above 128 would not fit the kernels.
-    """
-    device = factors[0].device if factors else torch.device("cpu")
-    if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
-        return False
-    if importlib.util.find_spec("triton") is None:
-        return False
-    return all(
-        type(factor) in (Tensor, nn.Parameter)
-        and factor.device == device
-        and factor.dtype == torch.float32
-        and factor.is_contiguous()
-        and min(len(factor), factor[0].numel()) <= 128
-        for factor in factors
-    )
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """No autocast and no TF32: factors must keep the digits of their dtype."""
-    # read a backend at a time: torch.get_float32_matmul_precision raises where these newer switches were used
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    before = [backend.fp32_precision for backend in backends]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        with torch.autocast(device, enabled=False), torch.autocast("cpu", enabled=False):
-            yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision

@@ -3,88 +3,15 @@
 import math
 import statistics
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from plans import PLAN, finished, make_plan
 
-from lightning_rlora.bench.labels import spread_out
 from lightning_rlora.bench.outputs import cells, number_with_spread
 from lightning_rlora.bench.results import result_of
-from lightning_rlora.bench.table import (
-    MEAN_OF_TASKS,
-    best_rate,
-    first_reach,
-    interpolate,
-    mean_curve,
-    mean_of_tasks,
-    rate_window,
-    table,
-)
+from lightning_rlora.bench.table import MEAN_OF_TASKS, mean_of_tasks, table
 
 INF = math.inf
-
-
-def test_a_window_ends_where_the_line_between_two_rates_crosses_the_limit():
-    window = rate_window({0.01: 1.04, 0.1: 1.0, 1.0: 1.02})
-    # the limit is 1.01: a quarter of the way from 0.1 to 0.01 in log rate, half of the way from 0.1 to 1
-    assert window.low == pytest.approx(10**-1.25)
-    assert window.high == pytest.approx(10**-0.5)
-    assert window.ratio == pytest.approx(10**0.75)
-    assert not window.open_low and not window.open_high
-
-
-def test_a_window_that_meets_no_limit_is_open_and_one_that_meets_divergence_is_not():
-    window = rate_window({0.1: 1.005, 0.2: 1.0, 0.4: INF, 0.8: 1.0})
-    assert (window.low, window.open_low) == (0.1, True)
-    assert (window.high, window.open_high) == (0.2, False)
-
-
-def test_a_window_does_not_jump_over_a_bad_rate():
-    window = rate_window({0.1: 1.0, 0.2: 2.0, 0.4: 1.0})
-    assert window.high < 0.2
-
-
-def test_nothing_is_known_where_everything_diverged():
-    assert rate_window({0.1: INF, 0.2: INF}).ratio == 1
-
-
-@given(st.dictionaries(st.floats(1e-6, 1e3), st.floats(0.1, 10), min_size=1, max_size=6), st.floats(0, 0.5))
-def test_a_window_holds_the_best_rate_and_lies_within_the_rates(by_rate, share):
-    window = rate_window(by_rate, share)
-    slack = 1 + 1e-12  # exp(log(rate)) is the rate to rounding
-    assert min(by_rate) <= window.low * slack and window.high <= max(by_rate) * slack
-    assert window.low <= best_rate(by_rate) * slack and best_rate(by_rate) <= window.high * slack
-
-
-def test_a_goal_is_reached_between_two_validations():
-    curve = [(0, 5.0), (10, 3.0), (20, 2.0), (30, 2.5)]
-    assert first_reach(curve, 4.0) == 5
-    assert first_reach(curve, 2.25) == 17.5
-    assert first_reach(curve, 2.0) == 20
-    assert first_reach(curve, 5.0) == 0
-    assert first_reach(curve, 1.9) is None
-    assert interpolate(curve, 15) == 2.5
-    assert interpolate(curve, 30) == 2.5
-
-
-def test_a_mean_curve_keeps_to_the_common_steps():
-    assert mean_curve([[(0, 4.0), (1, 3.0), (2, 1.0)], [(0, 2.0), (2, 2.0)]]) == [(0, 3.0), (2, 1.5)]
-    assert mean_curve([]) == []
-
-
-@given(st.lists(st.floats(-5, 5), max_size=8))
-def test_labels_are_spread_out_in_order_and_near_their_places(wanted):
-    places = spread_out(wanted, 0.5, 10.0)
-    stacked = sorted(places)
-    assert all(high - low >= 0.5 - 1e-9 for low, high in pairwise(stacked))
-    assert all(place <= 10 + 1e-9 for place in places)
-    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
-    assert sorted(range(len(wanted)), key=lambda i: places[i]) == order
-    if all(abs(a - b) >= 0.5 for i, a in enumerate(wanted) for b in wanted[:i]):
-        assert places == pytest.approx(wanted)
 
 
 LOSSES = {("adamw", 0.01): (2.0, 2.2), ("adamw", 0.1): (2.5, 2.7), ("sgd", 1.0): (1.1, 1.1)}
