@@ -20,9 +20,10 @@ METHODS = {
     ),
     "Riemannion": (
         [0.06, 0.1, 0.15],
-        ["--trainer.callbacks", "null"],
+        ["--trainer.callbacks", "null", "--model.optimizer", "Riemannion", "--model.optimizer.momentum", "0.6"],
     ),
-    "Riemannion + LOI (the quickstart)": ([0.03, 0.06, 0.1, 0.15, 0.2], []),
+    "WhitenedRiemannion": ([0.15, 0.25, 0.35, 0.5, 0.7], ["--trainer.callbacks", "null"]),
+    "WhitenedRiemannion + LOI (the quickstart)": ([0.15, 0.25, 0.35, 0.5, 0.7], []),
 }
 
 
@@ -50,9 +51,9 @@ def main() -> None:
     output = parser.parse_args().output
     print(f"Python {platform.python_version()}: perplexity on held-out topics after 60 steps\n")
     print("| method | learning rate | perplexity |\n| --- | --- | --- |")
-    for number, (method, (rates, options)) in enumerate(METHODS.items()):
+    for method, (rates, options) in METHODS.items():
         for rate in rates:
-            print(f"| {method} | {rate} | {run(output / f'{number}_{rate}', options, rate)} |", flush=True)
+            print(f"| {method} | {rate} | {run(output / f'{method} {rate}', options, rate)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from lightning_rlora.bench.pilot import count_runs, kept_runs, pilot_plan, pilot_sweeps
+from lightning_rlora.bench.pilot import chooses_by_task, count_runs, kept_runs, pilot_plan, pilot_sweeps
 from lightning_rlora.bench.plan import MEAN_OF_TASKS, PILOT, Plan, Run
 from lightning_rlora.bench.pool import TimeLimit, run_all
 from lightning_rlora.bench.results import Result, read_result
@@ -56,10 +56,13 @@ def run_plan(
             )
     methods, tasks = ([name for name in only if name in there] or there for there in (plan.methods, plan.tasks))
     possible = plan.runs()
+    needed: set[Path] = set()  # on whatever task: the pilot's, where it chooses one rate for all tasks
+    if plan.pilot is not None and not chooses_by_task(plan):
+        needed = {run.folder for run in pilot_plan(plan).runs()}
     planned = {
         run.folder: Job(run, plan.filled(run), output.absolute(), jobs, keep_adapters)
         for run in possible
-        if run.method in methods and run.task in tasks
+        if run.method in methods and (run.task in tasks or run.folder in needed)
     }
     workers = [device for _ in range(jobs) for device in devices]
     threads = max(1, (os.cpu_count() or 1) // len(workers))

@@ -55,10 +55,9 @@ def pilot_sweeps(plan: Plan, results: Iterable[Result]) -> Sweeps:
     sweeps = {}
     for method in plan.methods.values():
         for steps in method.steps:
-            # a mean is there where all tasks are
-            done = len(groups[mean, method.name, steps]) == len(method.rates) * len(pilot.seeds)
             for task in (*plan.tasks, MEAN_OF_TASKS):
-                chosen_by = task if _by_task(plan) else mean
+                chosen_by = task if chooses_by_task(plan) else mean  # a mean is there where all tasks are
+                done = len(groups[chosen_by, method.name, steps]) == len(method.rates) * len(pilot.seeds)
                 kept = around_best(mean_losses(groups[chosen_by, method.name, steps]), plan.pilot.keep) if done else ()
                 losses = mean_losses(groups[task, method.name, steps]) if done else {}
                 sweeps[task, method.name, steps] = Sweep(kept, losses)
@@ -70,7 +69,7 @@ def explain_choice(plan: Plan) -> str:
     pilot = plan.pilot
     assert pilot is not None
     best = "the best" if pilot.keep == 1 else f"the {pilot.keep} around the best"
-    by = "of each task" if _by_task(plan) else "by the mean over these tasks"
+    by = "of each task" if chooses_by_task(plan) else "by the mean over these tasks"
     rest = "" if pilot.keep == 1 else ", among which that very mean decides"
     return (
         f"it tried all rates on {', '.join(pilot.tasks)} with seed {', '.join(map(str, pilot.seeds))}, and {best} "
@@ -86,6 +85,6 @@ def around_best(by_rate: Mapping[float, float], keep: int) -> tuple[float, ...]:
     return tuple(sorted(nearest[:keep]))
 
 
-def _by_task(plan: Plan) -> bool:
+def chooses_by_task(plan: Plan) -> bool:
     """Whether each task has its own best rates."""
     return plan.pilot is not None and len(plan.pilot.tasks) == len(plan.tasks) and not plan.mean_of_tasks

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -35,7 +36,13 @@ from lightning_rlora.collectives import gathered, rank
 from lightning_rlora.errors import UserError
 from lightning_rlora.modules.compilation import compile_in_place
 from lightning_rlora.modules.finite_loss import FiniteLoss
-from lightning_rlora.optim import FixedRankOptimizer, LinearWithWarmup, Riemannion, lora_plus, parameter_groups
+from lightning_rlora.optim import (
+    FixedRankOptimizer,
+    LinearWithWarmup,
+    WhitenedRiemannion,
+    lora_plus,
+    parameter_groups,
+)
 from lightning_rlora.strategies import FSDP2Strategy, WholeAdapters
 
 Made = TypeVar("Made")
@@ -52,15 +59,22 @@ class AdaptedModel(LightningModule, ABC):
         task_type: PEFT's name of what the model does, such as `CAUSAL_LM`; None if it has none.
         adapter: Fields of PEFT's configuration of a new adapter; `target_modules` is `all-linear` if left out.
         adapter_path: Folder of a saved PEFT adapter to train further, in place of a new one.
-        optimizer: Makes the optimizer from parameter groups; by default Riemannion with its own defaults.
-        lr_scheduler: Makes the learning-rate scheduler from the optimizer, stepped after each optimizer step.
+        optimizer: Makes the optimizer from parameter groups; by default `default_optimizer`.
+        lr_scheduler: Makes the learning-rate scheduler from the optimizer, stepped after each optimizer step; None
+            stands for `LinearWithWarmup` over a twentieth of the run (in manual optimization, for none), and
+            `torch.optim.lr_scheduler.ConstantLR` with a factor of 1 for a constant rate.
         lr_ratio: LoRA+: the learning rate of B over that of A.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         compile: Run the model through torch.compile.
 
+    Attributes:
+        default_optimizer: What does best on models of this kind, as far as was measured (`examples/comparison/`).
+
     Raises:
         UserError: If the adapter does not fit the model.
     """
+
+    default_optimizer: type[Optimizer] = WhitenedRiemannion
 
     def __init__(
         self,
@@ -77,11 +91,12 @@ class AdaptedModel(LightningModule, ABC):
     ) -> None:
         super().__init__()
         self.strict_loading = False  # checkpoints leave the base out; check_adapter looks after the rest
-        self._optimizer_factory = optimizer
+        self._optimizer_factory = optimizer or self.default_optimizer
         self._scheduler_factory = lr_scheduler
         self.lr_ratio = lr_ratio
         self._rng_to_restore: list[dict[str, Any]] = []
         self._optimizers_resumed: list[str] | None = None
+        self._schedule_resumed: list[Any] | None = None
         self._finite_loss = FiniteLoss()
 
         if adapter_path is not None:
@@ -153,7 +168,7 @@ class AdaptedModel(LightningModule, ABC):
         self.model.train()
         self._finite_loss = FiniteLoss()
         if self.trainer.ckpt_path is None:  # loaded for another run: not one to go on with
-            self._optimizers_resumed, self._rng_to_restore = None, []
+            self._optimizers_resumed, self._schedule_resumed, self._rng_to_restore = None, None, []
         optimizers = self._optimizer_names()
         if self._optimizers_resumed not in (None, optimizers):
             raise UserError(
@@ -178,7 +193,7 @@ class AdaptedModel(LightningModule, ABC):
 
     def configure_optimizers(self) -> Any:
         """The optimizer of the adapter and all else that trains, and its schedule over the run."""
-        make = _with_refusals(self._optimizer_factory or Riemannion, "optimizer")
+        make = _with_refusals(self._optimizer_factory, "optimizer")
         if self.lr_ratio is None:
             optimizer = make(parameter_groups(self.model))
         else:
@@ -188,19 +203,36 @@ class AdaptedModel(LightningModule, ABC):
             if self.trainer.precision == "16-mixed":
                 for group in optimizer.param_groups:
                     group["min_singular_value"] = max(group["min_singular_value"], 1e-6)
-        if self._scheduler_factory is None:
-            return optimizer
-        scheduler = _with_refusals(self._scheduler_factory, "learning-rate scheduler")(optimizer)
+        schedule = self._scheduler_factory
+        if schedule is None:
+            if not self.automatic_optimization:
+                return optimizer
+            schedule = partial(LinearWithWarmup, warmup=0.05)
+        scheduler = _with_refusals(schedule, "learning-rate scheduler")(optimizer)
+        if isinstance(scheduler, LinearWithWarmup) and scheduler.total_steps is None:
+            scheduler.set_total_steps(self._length_of_run())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def _length_of_run(self) -> int:
+        steps = self.trainer.estimated_stepping_batches
+        if not 1 <= steps < float("inf"):
+            raise UserError(
+                "the schedule needs the length of the run, which the data do not tell: set max_steps, or lr_scheduler "
+                "to torch.optim.lr_scheduler.ConstantLR with a factor of 1"
+            )
+        return int(steps)
+
     def on_train_start(self) -> None:
-        """Tell a schedule over the whole run how long the run is; a resumed one knows."""
-        scheduler = self.lr_schedulers()
-        if isinstance(scheduler, LinearWithWarmup) and scheduler.total_steps is None:
-            steps = self.trainer.estimated_stepping_batches
-            if not 1 <= steps < float("inf"):
-                raise UserError("the schedule needs the length of the run, which the data do not tell: set max_steps")
-            scheduler.set_total_steps(int(steps))
+        """Refuse to resume a run without a schedule with one, which would begin anew in its midst.
+
+        Raises:
+            UserError: If that is what is asked for.
+        """
+        if self._schedule_resumed == [] and self.lr_schedulers():
+            raise UserError(
+                "the checkpoint was made without a schedule: set lr_scheduler to torch.optim.lr_scheduler.ConstantLR "
+                "with a factor of 1 to go on as it began"
+            )
 
     def configure_gradient_clipping(
         self,
@@ -249,6 +281,7 @@ class AdaptedModel(LightningModule, ABC):
         if checkpoint.get("scalings", self._scalings()) != self._scalings():
             raise UserError("the checkpoint's adapter has another scaling: give the lora_alpha it was trained with")
         self._optimizers_resumed = checkpoint.get("optimizer_names")
+        self._schedule_resumed = checkpoint.get("lr_schedulers")
         states = checkpoint.get("rng")
         self._rng_to_restore = states if isinstance(states, list) else []  # earlier versions kept the first one's only
 

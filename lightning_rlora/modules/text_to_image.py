@@ -20,6 +20,7 @@ from lightning_rlora.modules.diffusion_pipeline import load_pipeline
 from lightning_rlora.modules.latents import LatentCache
 from lightning_rlora.modules.noise_loss import add_noise, draw_noise, min_snr_weights, velocity, weighted_loss
 from lightning_rlora.modules.replayed_unet import ReplayedUNet
+from lightning_rlora.optim import Riemannion
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -64,8 +65,9 @@ class TextToImage(AdaptedModel):
             convolutions and other linear layers go as well), ... From Python also a PeftConfig.
         adapter_path: Folder of a saved PEFT adapter to train further, in place of a new one.
         optimizer: Makes the optimizer from parameter groups; by default Riemannion with its own defaults.
-        lr_scheduler: Makes the learning-rate scheduler from the optimizer, stepped after each optimizer step. If it has
-            a `total_steps` that is None, the trainer's number of steps is filled in.
+        lr_scheduler: Makes the learning-rate scheduler from the optimizer, stepped after each optimizer step. None
+            stands for LinearWithWarmup over a twentieth of the run, torch's ConstantLR with a factor of 1 for a
+            constant rate. If it has a `total_steps` that is None, the trainer's number of steps is filled in.
         lr_ratio: LoRA+: the learning rate of B over that of A, which is the optimizer's (see `lora_plus_groups`). Goes
             with optimizers of torch's kind, not with those that move A and B together.
         dtype: Of the frozen weights; the adapter's are float32 in any case.
@@ -85,6 +87,8 @@ class TextToImage(AdaptedModel):
     Raises:
         UserError: If the pipeline cannot be loaded, the adapter does not fit its UNet, or a number is out of range.
     """
+
+    default_optimizer = Riemannion
 
     def __init__(
         self,

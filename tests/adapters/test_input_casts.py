@@ -1,12 +1,14 @@
 """Inputs of LoRA layers under autocast: not cast up and down again, and the numbers the same."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from adapted_models import IDS, llama
 from peft import LoraConfig, get_peft_model
 
+from lightning_rlora import CausalLM
 from lightning_rlora.adapters import leave_casts_to_autocast
 
 
@@ -51,19 +53,33 @@ def test_inputs_are_cast_again_outside_autocast():
     leave_casts_to_autocast(model)
     seen = seen_by_a(model)
     gradients(model)
+    layers = model.get_base_model().model
+    for call in (model, layers, partial(model.generate, max_new_tokens=2, do_sample=False), copy.deepcopy(layers)):
+        seen.clear()
+        call(input_ids=IDS)
+        assert set(seen) == {torch.float32}
     seen.clear()
-    before = model(input_ids=IDS).logits
+    with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False):
+        model(input_ids=IDS)
     assert set(seen) == {torch.float32}
-    seen.clear()
-    model.generate(input_ids=IDS, max_new_tokens=2, do_sample=False)
-    assert set(seen) == {torch.float32}
-    gradients(model)
-    assert torch.equal(before, copy.deepcopy(model)(input_ids=IDS).logits)
 
 
-def test_dora_keeps_its_casts():
-    model = adapted(use_dora=True)
-    wanted = gradients(copy.deepcopy(model))
-    leave_casts_to_autocast(model)
-    found = gradients(model)
+@pytest.mark.parametrize("fields", [{"use_dora": True}, {"lora_dropout": 0.3}])
+def test_norms_and_masks_keep_their_dtype(fields):
+    model = adapted(**fields)
+    changed = copy.deepcopy(model)
+    leave_casts_to_autocast(changed)
+    torch.manual_seed(1)
+    wanted = gradients(model)
+    torch.manual_seed(1)
+    found = gradients(changed)
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_language_models_leave_casts_to_autocast():
+    module = CausalLM(adapter={"r": 2}, dtype="bfloat16")
+    seen = seen_by_a(module)
+    ids = torch.arange(20).view(2, 10)
+    with torch.autocast("cpu", torch.bfloat16):
+        module({"input_ids": ids, "labels": ids})
+    assert set(seen) == {torch.bfloat16}

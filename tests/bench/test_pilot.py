@@ -107,9 +107,10 @@ def test_nothing_is_kept_while_the_pilot_lacks_a_run(pilot, tmp_path):
     lacking = next(run.folder for run in plan.runs() if (run.task, run.rate) == ("two", 1.0) and run.method == "adamw")
     results = results_of(plan.runs(), lambda run: None if run.folder == lacking else by_rate(LOSSES)(run))
     sweeps = pilot_sweeps(plan, results)
-    assert all(sweeps[task, "adamw", 4] == ((), {}) for task in TASKS)
+    done = {"one", "three"} if pilot == {} else set()  # each task by its own rates, or all by the mean
+    assert all((sweeps[task, "adamw", 4] == ((), {})) == (task not in done) for task in TASKS)
     assert all(sweeps[task, "sgd", 4].kept == (1.0,) for task in TASKS)
-    assert {run.method for run in kept_runs(plan, sweeps)} == {"sgd"}
+    assert {run.task for run in kept_runs(plan, sweeps) if run.method == "adamw"} == done
 
 
 @pytest.mark.parametrize(
@@ -170,9 +171,21 @@ def test_both_stages_are_run_and_go_on_after_a_stop_in_either(stop, tmp_path, ca
     assert "pilot: 3 runs, 3 of them done" in printed and "kept rates: 4 runs, 4 of them done" in printed
     compare(plan, tmp_path / "out", only=["two", "adamw"])
     printed = capsys.readouterr().out
-    assert "pilot: 0 runs" in printed and "kept rates: 2 runs, 2 of them done" in printed
+    assert "pilot: 3 runs, 3 of them done" in printed and "kept rates: 3 runs, 3 of them done" in printed
     compare(replace(plan, pilot=None), tmp_path / "out", only=["sgd"])  # the very runs of a plan without a pilot
     assert "\n4 runs, 4 of them done" in "\n" + capsys.readouterr().out
+
+
+@pytest.mark.parametrize("pilot", [{}, {"tasks": ["one"]}], ids=str)
+def test_a_task_alone_gets_what_it_needs_of_the_pilot(pilot, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    plan = planned(tmp_path, tasks={name: TASKS[name] for name in ("one", "two")}, pilot=pilot)
+    compare(plan, tmp_path / "out", only=["two", "adamw"])
+    by_itself = [("two", rate, 0) for rate in RATES] + [("two", 0.01, 1)]
+    by_another = [("one", rate, 0) for rate in RATES] + [("two", 0.01, 0), ("two", 0.01, 1)]
+    done = [run for run in plan.runs() if (tmp_path / "out" / run.folder / "result.json").exists()]
+    found = [(run.task, run.rate, run.seed) for run in done if run.method == "adamw"]
+    assert len(done) == len(found) and sorted(found) == sorted(by_another if pilot else by_itself)
 
 
 def test_a_second_stage_waits_for_its_pilot_and_for_time(tmp_path, capsys, monkeypatch):

@@ -1,10 +1,13 @@
 """The causal language model: its metrics, batches, options and checkpoints."""
 
+from functools import partial
+
 import pytest
 import torch
 from lightning.pytorch import Trainer
 from peft import LoraConfig
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import ConstantLR
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
@@ -16,7 +19,7 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from lightning_rlora import CausalLM, Riemannion, UserError, find_pairs
+from lightning_rlora import CausalLM, Riemannion, UserError, WhitenedRiemannion, find_pairs
 from lightning_rlora.adapters import export_adapter, get_offset
 from lightning_rlora.adapters.pairs import base_weight
 from lightning_rlora.assets import resolve
@@ -299,3 +302,51 @@ def test_the_embedded_model_is_small_and_says_what_it_is():
 def test_data_of_another_kind_are_refused():
     with pytest.raises(UserError, match="learns from input_ids, which the data do not give"):
         CausalLM(adapter={"r": 2})({"pixel_values": torch.zeros(1, 3, 8, 8)})
+
+
+def test_manual_optimization_gets_no_schedule_that_nobody_steps(tmp_path):
+    class Manual(CausalLM):
+        def training_step(self, batch, batch_idx):
+            self.optimizers().zero_grad()
+            self.manual_backward(self.loss(batch, self(batch)))
+            self.optimizers().step()
+
+    module = Manual(adapter=ADAPTER)
+    module.automatic_optimization = False
+    trainer = quiet_trainer(tmp_path, max_steps=2)
+    trainer.fit(module, DataLoader([make_batch(0)] * 2, batch_size=None))
+    assert trainer.lr_scheduler_configs == [] and trainer.optimizers[0].param_groups[0]["lr"] == 0.2
+
+
+def test_a_schedule_without_a_length_is_refused_before_anything_runs(tmp_path):
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            yield pytest.fail("data were read")
+
+    with pytest.raises(UserError, match=r"length of the run.*ConstantLR"):
+        quiet_trainer(tmp_path, max_steps=-1, max_epochs=1).fit(CausalLM(adapter=ADAPTER), DataLoader(Endless()))
+
+
+def test_a_run_without_a_schedule_is_not_resumed_with_one(tmp_path):
+    constant = partial(ConstantLR, factor=1)
+    data = DataLoader([make_batch(0)] * 4, batch_size=None)
+    trainer = quiet_trainer(tmp_path, max_steps=1)
+    trainer.fit(CausalLM(adapter=ADAPTER, lr_scheduler=constant), data)
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    saved = torch.load(tmp_path / "one.ckpt", weights_only=True)
+    torch.save(saved | {"lr_schedulers": []}, tmp_path / "none.ckpt")  # as one of an earlier version without schedule
+    with pytest.raises(UserError, match=r"without a schedule.*ConstantLR"):
+        quiet_trainer(tmp_path, max_steps=2).fit(CausalLM(adapter=ADAPTER), data, ckpt_path=tmp_path / "none.ckpt")
+
+
+def test_a_rank_is_all_that_must_be_set(tmp_path):
+    module = CausalLM(adapter={"r": 4})
+    trainer = quiet_trainer(tmp_path, max_steps=20)
+    trainer.fit(module, DataLoader([make_batch(seed) for seed in range(20)], batch_size=None))
+    (optimizer,) = trainer.optimizers
+    (config,) = trainer.lr_scheduler_configs
+    assert isinstance(optimizer, WhitenedRiemannion)
+    assert all(unit > 0 for group in optimizer.param_groups for unit in group["units"])
+    assert isinstance(config.scheduler, LinearWithWarmup) and config.interval == "step"
+    assert config.scheduler.total_steps == 20 and config.scheduler.warmup == 0.05
+    assert config.scheduler.get_last_lr()[0] == 0

@@ -17,13 +17,13 @@ def _in_tf32(x):
 
 
 @triton.jit
-def _add_applied(tile, t, total, PRECISION: tl.constexpr):
+def _add_applied(tile, t, total, FLOAT64: tl.constexpr):
     """Total + tile T, in float64 or in three products of TF32.
 
     Those are Triton's "tf32x3" without its care for infinities, a third of its instructions: steps that meet any are
     skipped.
     """
-    if PRECISION == "float64":
+    if FLOAT64:
         total = tl.dot(tile.to(tl.float64), t.to(tl.float64), total, out_dtype=tl.float64)
     else:
         tile, tile_rest = _in_tf32(tile)
@@ -38,10 +38,10 @@ def _add_applied(tile, t, total, PRECISION: tl.constexpr):
 def _apply_to_side(
     factor, gradient, momentum, weights, kept, frame, curvature, decay, at_basis, low, high, height, t,
     r: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr, BLOCK: tl.constexpr, IS_A: tl.constexpr,
-    PRECISION: tl.constexpr,
+    FLOAT64: tl.constexpr,
 ):  # fmt: skip
     columns = tl.arange(0, TILE)
-    SUM: tl.constexpr = tl.float64 if PRECISION == "float64" else tl.float32
+    SUM: tl.constexpr = tl.float64 if FLOAT64 else tl.float32
     for start in range(low, high, BLOCK):
         rows = start + tl.arange(0, BLOCK)
         change = tl.zeros((BLOCK, TILE), SUM)
@@ -53,15 +53,15 @@ def _apply_to_side(
             n = _velocity(gradient, momentum, weights, kept, frame, rows, inner, height, r, IS_A)
             inside = (inner < r)[:, None] & (columns < r)[None, :]
             entries = t + inner[:, None] * 2 * r + columns[None, :]
-            change = _add_applied(b, tl.load(entries, mask=inside, other=0.0), change, PRECISION)
-            carried = _add_applied(b, tl.load(entries + r, mask=inside, other=0.0), carried, PRECISION)
+            change = _add_applied(b, tl.load(entries, mask=inside, other=0.0), change, FLOAT64)
+            carried = _add_applied(b, tl.load(entries + r, mask=inside, other=0.0), carried, FLOAT64)
             entries += 2 * r * r
-            change = _add_applied(n, tl.load(entries, mask=inside, other=0.0), change, PRECISION)
-            carried = _add_applied(n, tl.load(entries + r, mask=inside, other=0.0), carried, PRECISION)
+            change = _add_applied(n, tl.load(entries, mask=inside, other=0.0), change, FLOAT64)
+            carried = _add_applied(n, tl.load(entries + r, mask=inside, other=0.0), carried, FLOAT64)
             if frame is not None:
                 g = _load(gradient, rows, inner, height, r, IS_A)  # the same as N's, and so read once
                 entries = at_basis + inner[:, None] * r + columns[None, :]
-                seen = _add_applied(g, tl.load(entries, mask=inside, other=0.0), seen, PRECISION)
+                seen = _add_applied(g, tl.load(entries, mask=inside, other=0.0), seen, FLOAT64)
         change = change.to(tl.float32)
         carried = carried.to(tl.float32)
         if frame is not None:
@@ -79,7 +79,7 @@ def _apply_to_side(
 def _apply(
     table, sides, weights, kept, heights, item_side, item_low, t, skip, chunk, decays, at_bases,
     r: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
-    PRECISION: tl.constexpr, WHITENED: tl.constexpr,
+    FLOAT64: tl.constexpr, WHITENED: tl.constexpr,
 ):  # fmt: skip
     item = tl.program_id(0)
     side = tl.load(item_side + item)
@@ -104,11 +104,11 @@ def _apply(
         at_bases += side.to(tl.int64) * r * r
     if side % 2 == 0:
         _apply_to_side(
-            f, g, m, w, share, frame, c, decay, at_bases, low, high, height, t, r, TILE, DEPTH, BLOCK, False, PRECISION
+            f, g, m, w, share, frame, c, decay, at_bases, low, high, height, t, r, TILE, DEPTH, BLOCK, False, FLOAT64
         )
     else:
         _apply_to_side(
-            f, g, m, w, share, frame, c, decay, at_bases, low, high, height, t, r, TILE, DEPTH, BLOCK, True, PRECISION
+            f, g, m, w, share, frame, c, decay, at_bases, low, high, height, t, r, TILE, DEPTH, BLOCK, True, FLOAT64
         )
 
 

@@ -43,18 +43,16 @@ class _Plan(NamedTuple):
         tile = max(16, triton.next_power_of_2(rank))
         if tile == 16:
             gram = {"BLOCK": 64, "num_warps": 1, "num_stages": 2}
-            return cls(
-                16, 1024, gram, {"BLOCK": 64, "DEPTH": 16, "PRECISION": "tf32x3", "num_warps": 2, "num_stages": 2}
-            )
+            return cls(16, 1024, gram, {"BLOCK": 64, "DEPTH": 16, "FLOAT64": False, "num_warps": 2, "num_stages": 2})
         if tile == 32:
             gram = {"BLOCK": 32, "num_warps": 2, "num_stages": 3}
-            return cls(32, 1024, gram, {"BLOCK": 64, "DEPTH": 32, "PRECISION": "float64", "num_warps": 4})
+            return cls(32, 1024, gram, {"BLOCK": 64, "DEPTH": 32, "FLOAT64": True, "num_warps": 4})
         gram = {"BLOCK": 16, "num_warps": 4, "num_stages": 3}
         if tile == 64:
             block = 16 if whitened else 32  # their third sum does not fit into the registers beside 32 rows
-            apply = {"BLOCK": block, "DEPTH": 64, "PRECISION": "float64", "num_warps": 4, "num_stages": 2}
+            apply = {"BLOCK": block, "DEPTH": 64, "FLOAT64": True, "num_warps": 4, "num_stages": 2}
         else:
-            apply = {"BLOCK": 32, "DEPTH": 32, "PRECISION": "float64", "num_warps": 8, "num_stages": 2}
+            apply = {"BLOCK": 32, "DEPTH": 32, "FLOAT64": True, "num_warps": 8, "num_stages": 2}
         return cls(64, 4096, gram, apply)
 
 
