@@ -1,10 +1,12 @@
 """The causal language model: its metrics, batches, options and checkpoints."""
 
+import itertools
 from functools import partial
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import LambdaCallback
 from peft import LoraConfig
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import ConstantLR
@@ -318,13 +320,15 @@ def test_manual_optimization_gets_no_schedule_that_nobody_steps(tmp_path):
     assert trainer.lr_scheduler_configs == [] and trainer.optimizers[0].param_groups[0]["lr"] == 0.2
 
 
-def test_a_schedule_without_a_length_is_refused_before_anything_runs(tmp_path):
+def test_a_schedule_without_a_length_is_refused_before_callbacks_begin(tmp_path):
     class Endless(torch.utils.data.IterableDataset):
         def __iter__(self):
-            yield pytest.fail("data were read")
+            return itertools.repeat(make_batch(0))
 
+    begin = LambdaCallback(on_train_start=lambda *_: pytest.fail("a callback, which may be a costly start, has begun"))
+    trainer = quiet_trainer(tmp_path, max_steps=-1, max_epochs=1, callbacks=[begin])
     with pytest.raises(UserError, match=r"length of the run.*ConstantLR"):
-        quiet_trainer(tmp_path, max_steps=-1, max_epochs=1).fit(CausalLM(adapter=ADAPTER), DataLoader(Endless()))
+        trainer.fit(CausalLM(adapter=ADAPTER), DataLoader(Endless(), batch_size=None))
 
 
 def test_a_run_without_a_schedule_is_not_resumed_with_one(tmp_path):

@@ -1,6 +1,7 @@
 """Training runs of a tiny language model that give the same global batches to any number of processes."""
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import ConstantLR
 from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -74,7 +76,7 @@ class TinyLM(AdaptedModel):
             },
             adapter_path=None,
             optimizer=options.get("optimizer"),
-            lr_scheduler=None,
+            lr_scheduler=partial(ConstantLR, factor=1),
             lr_ratio=options.get("lr_ratio"),
             gradient_checkpointing=checkpointing,
             compile=False,

@@ -1,12 +1,14 @@
 """QLoRA on several processes: a base in 4 bits that is whole under DDP, and sharded by FSDP1 and FSDP2."""
 
 import os
+from functools import partial
 
 import pytest
 import torch
 from embedded_runs import rows, trainer
 from processes import launch
 from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import ConstantLR
 from torch.utils.data import DataLoader
 
 from lightning_rlora import CausalLM, UserError
@@ -70,7 +72,7 @@ def test_a_base_in_4_bits_trains_as_under_ddp(case, name, runs):
 
 
 def steps(strategy, folder, first=0, last=4, resume=None):
-    module = made()
+    module = made(lr_scheduler=partial(ConstantLR, factor=1))
     run = trainer(strategy, 2, folder, max_steps=last, max_epochs=-1, use_distributed_sampler=False)
     turns = range(4 * first + int(os.environ["RANK"]), 40, 2)
     run.fit(module, DataLoader(rows(40), batch_size=2, sampler=turns), ckpt_path=resume)
