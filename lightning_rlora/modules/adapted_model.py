@@ -59,7 +59,7 @@ class AdaptedModel(LightningModule, ABC):
         task_type: PEFT's name of what the model does, such as `CAUSAL_LM`; None if it has none.
         adapter: Fields of PEFT's configuration of a new adapter; `target_modules` is `all-linear` if left out.
         adapter_path: Folder of a saved PEFT adapter to train further, in place of a new one.
-        optimizer: Makes the optimizer from parameter groups; by default `default_optimizer`.
+        optimizer: Makes the optimizer from parameter groups; by default WhitenedRiemannion with its own defaults.
         lr_scheduler: Makes the learning-rate scheduler from the optimizer, stepped after each optimizer step; None
             stands for `LinearWithWarmup` over a twentieth of the run (in manual optimization, for none), and
             `torch.optim.lr_scheduler.ConstantLR` with a factor of 1 for a constant rate.
@@ -67,14 +67,9 @@ class AdaptedModel(LightningModule, ABC):
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         compile: Run the model through torch.compile.
 
-    Attributes:
-        default_optimizer: What does best on models of this kind, as far as was measured (`examples/comparison/`).
-
     Raises:
         UserError: If the adapter does not fit the model.
     """
-
-    default_optimizer: type[Optimizer] = WhitenedRiemannion
 
     def __init__(
         self,
@@ -91,7 +86,7 @@ class AdaptedModel(LightningModule, ABC):
     ) -> None:
         super().__init__()
         self.strict_loading = False  # checkpoints leave the base out; check_adapter looks after the rest
-        self._optimizer_factory = optimizer or self.default_optimizer
+        self._optimizer_factory = optimizer or WhitenedRiemannion
         self._scheduler_factory = lr_scheduler
         self.lr_ratio = lr_ratio
         self._rng_to_restore: list[dict[str, Any]] = []

@@ -20,7 +20,6 @@ from lightning_rlora.modules.diffusion_pipeline import load_pipeline
 from lightning_rlora.modules.latents import LatentCache
 from lightning_rlora.modules.noise_loss import add_noise, draw_noise, min_snr_weights, velocity, weighted_loss
 from lightning_rlora.modules.replayed_unet import ReplayedUNet
-from lightning_rlora.optim import Riemannion
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -64,7 +63,7 @@ class TextToImage(AdaptedModel):
             `lora_alpha`, `target_modules` (the projections of every attention layer if left out; names or a pattern of
             convolutions and other linear layers go as well), ... From Python also a PeftConfig.
         adapter_path: Folder of a saved PEFT adapter to train further, in place of a new one.
-        optimizer: Makes the optimizer from parameter groups; by default Riemannion with its own defaults.
+        optimizer: Makes the optimizer from parameter groups; by default WhitenedRiemannion with its own defaults.
         lr_scheduler: Makes the learning-rate scheduler from the optimizer, stepped after each optimizer step. None
             stands for LinearWithWarmup over a twentieth of the run, torch's ConstantLR with a factor of 1 for a
             constant rate. If it has a `total_steps` that is None, the trainer's number of steps is filled in.
@@ -87,8 +86,6 @@ class TextToImage(AdaptedModel):
     Raises:
         UserError: If the pipeline cannot be loaded, the adapter does not fit its UNet, or a number is out of range.
     """
-
-    default_optimizer = Riemannion
 
     def __init__(
         self,

@@ -18,7 +18,6 @@ from lightning_rlora.adapters.pairs import base_weight
 from lightning_rlora.init import LoRAGA
 from lightning_rlora.modules.checkpoint import load_module, save_pretrained
 from lightning_rlora.modules.conditions import KEPT
-from lightning_rlora.optim import LinearWithWarmup
 
 KINDS = ["sd15", "sd2", "sdxl"]
 ADAPTER = {"r": 2, "lora_alpha": 4}
@@ -412,10 +411,3 @@ def test_other_bad_input_is_refused(folders, tmp_path):
         TextToImage(folders["sd15"], ADAPTER)({"input_ids": torch.ones(1, 3, dtype=torch.int64)})
     with pytest.raises(UserError, match="with the callback SampleImages"):
         quiet_trainer(tmp_path).predict(TextToImage(folders["sd15"], ADAPTER), loader(batch(0)))
-
-
-def test_the_default_is_what_did_best_on_images(tmp_path, folders):
-    trainer = quiet_trainer(tmp_path, max_steps=1)
-    trainer.fit(TextToImage(folders["sd15"], ADAPTER), loader(batch(0)))
-    assert type(trainer.optimizers[0]) is Riemannion
-    assert isinstance(trainer.lr_scheduler_configs[0].scheduler, LinearWithWarmup)
