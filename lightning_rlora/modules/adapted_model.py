@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, TypeVar
 
-import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
@@ -36,6 +34,7 @@ from lightning_rlora.collectives import gathered, rank
 from lightning_rlora.errors import UserError
 from lightning_rlora.modules.compilation import compile_in_place
 from lightning_rlora.modules.finite_loss import FiniteLoss
+from lightning_rlora.modules.random_state import restore_random_state, save_random_state
 from lightning_rlora.optim import (
     FixedRankOptimizer,
     LinearWithWarmup,
@@ -183,7 +182,7 @@ class AdaptedModel(LightningModule, ABC):
         Processes beyond those of the run that is resumed go on with their own.
         """
         if rank() < len(self._rng_to_restore):
-            _restore_rng(self._rng_to_restore[rank()])
+            restore_random_state(self._rng_to_restore[rank()])
         self._rng_to_restore = []
 
     def configure_optimizers(self) -> Any:
@@ -268,7 +267,7 @@ class AdaptedModel(LightningModule, ABC):
         checkpoint["module"] = next(c.__name__ for c in type(self).__mro__ if c.__module__.startswith(__package__))
         checkpoint["scalings"] = self._scalings()
         checkpoint["optimizer_names"] = self._optimizer_names()
-        checkpoint["rng"] = self._rng_to_restore or gathered(_save_rng(self.device))
+        checkpoint["rng"] = self._rng_to_restore or gathered(save_random_state(self.device))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse an adapter that does not fit before anything is loaded."""
@@ -293,21 +292,3 @@ def _with_refusals(make: Callable[[Any], Made], what: str) -> Callable[[Any], Ma
             raise UserError(f"the {what} refuses its options: {error}") from error
 
     return made
-
-
-def _save_rng(device: torch.device) -> dict[str, Any]:
-    """The states that dropout and Python code of this process draw from; data order has generators of its own."""
-    version, state, gauss = random.getstate()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        "python": (version, list(state), gauss),
-    }
-
-
-def _restore_rng(states: dict[str, Any]) -> None:
-    torch.set_rng_state(states["torch"].cpu())
-    if states["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"].cpu())
-    version, state, gauss = states["python"]
-    random.setstate((version, tuple(state), gauss))
