@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,13 +17,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "ablation"))
 import ablation
 import ingredients
 import many_adapters
-from ingredients import BASELINE, INGREDIENTS
+from ingredients import BASELINE, INGREDIENTS, MomentumRamp
 from many_adapters import Run
 from whitened_step import AdamW, WhitenedStep, relative
 
 from lightning_rlora.adapters import base_size, find_pairs, matrix
 from lightning_rlora.errors import UserError
-from lightning_rlora.optim import LinearWithWarmup, WhitenedRiemannion
+from lightning_rlora.optim import PolynomialWithWarmup, WhitenedRiemannion
 
 RANK, STEPS = 3, 5
 
@@ -74,7 +75,7 @@ def after_training(model, batches, method, rate=0.2, seed=1):
     return products(adapters)
 
 
-def trained_by_peft(model, batches, method, make, seed=1):
+def trained_by_peft(model, batches, method, make, seed=1, momentum=None):
     """The products after a plain loop over PEFT's model, from the same start."""
     start = many_adapters.started(model, method, [Run(0.0, seed)], RANK, batches)
     config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear")
@@ -86,7 +87,8 @@ def trained_by_peft(model, batches, method, make, seed=1):
             pair.b.copy_(adapter.factors[0][0])
             pair.a.copy_(adapter.factors[1][0].mT)
     optimizer = make(peft_model)
-    schedule = LinearWithWarmup(optimizer, warmup=method.warmup, total_steps=STEPS)
+    numbers = {"warmup": method.warmup, "power": method.decay_power, "momentum": momentum, "total_steps": STEPS}
+    schedule = PolynomialWithWarmup(optimizer, **numbers)
     for batch in batches[seed]:
         optimizer.zero_grad()
         inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
@@ -108,7 +110,14 @@ def test_the_baseline_is_the_packages_optimizer(model, batches):
             peft_model, lr=0.2, relative=True, curvature_floor=1e-2, **options
         ),
     )
-    assert error(after_training(model, batches, method), expected) < 1e-11  # measured 2e-14
+    assert error(after_training(model, batches, method), expected) < 1e-11  # measured 8e-14
+
+
+def test_a_rising_momentum_and_a_power_are_the_packages_schedule(model, batches):
+    method = MomentumRamp(momentum=0.5, last=0.9, decay_power=0.75, warmup=0.4)
+    make = partial(WhitenedRiemannion.for_model, lr=0.2)
+    expected = trained_by_peft(model, batches, method, make, momentum=(0.5, 0.9))
+    assert error(after_training(model, batches, method), expected) < 1e-11  # measured 3e-14
 
 
 def test_the_baselines_defaults_are_the_packages():

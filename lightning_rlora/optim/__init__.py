@@ -6,7 +6,7 @@ from lightning_rlora.optim.lora_plus import lora_plus, lora_plus_groups
 from lightning_rlora.optim.peers import FactorMuon, LoRAFA, LoRAMuon, LoRARITE, LoRATSD, PoLoRA, RPrecAdamW
 from lightning_rlora.optim.riemannian_sgd import RiemannianSGD
 from lightning_rlora.optim.riemannion import Riemannion
-from lightning_rlora.optim.schedules import CosineWithWarmup, LinearWithWarmup
+from lightning_rlora.optim.schedules import CosineWithWarmup, LinearWithWarmup, PolynomialWithWarmup
 from lightning_rlora.optim.whitened_riemannion import WhitenedRiemannion
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "LoRARITE",
     "LoRATSD",
     "PoLoRA",
+    "PolynomialWithWarmup",
     "RPrecAdamW",
     "RiemannianSGD",
     "Riemannion",

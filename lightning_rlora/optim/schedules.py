@@ -59,3 +59,59 @@ class CosineWithWarmup(LinearWithWarmup):
 
     def _decay(self, progress: float) -> float:
         return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class PolynomialWithWarmup(LinearWithWarmup):
+    """Rise linearly over the first steps, then fall to zero as a power of what is left; momentum may rise meanwhile.
+
+    A power below 1 keeps the rate high for longer and drops it more steeply in the end, which pays in short runs. So
+    does a momentum that begins low, when the loss falls fast and old gradients mislead, and ends high, when what is
+    left is noise: that of `Riemannion`, `WhitenedRiemannion` and others whose groups have a `momentum`.
+
+    Args:
+        optimizer: Whose learning rates are scheduled.
+        warmup: Share of the run, from 0 to below 1, over which the rate rises.
+        power: Of the share of the decay that is left, above 0; 1 is `LinearWithWarmup`.
+        momentum: First and last momentum, linear over the steps of the run between them; None leaves it alone.
+        total_steps: Number of optimizer steps of the run. In the configuration of a module of this package it is left
+            out: the module fills in the trainer's number.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        warmup: float = 0.1,
+        power: float = 0.75,
+        momentum: tuple[float, float] | None = None,
+        total_steps: int | None = None,
+    ) -> None:
+        if not 0 < power < math.inf:
+            raise UserError(f"power = {power}: the rate falls by a power above 0")
+        if momentum is not None:
+            if not all(0 <= value < 1 for value in momentum):
+                raise UserError(f"momentum = {list(momentum)}: give the first and the last, from 0 to below 1")
+            if not all("momentum" in group for group in optimizer.param_groups):
+                raise UserError(f"momentum = {list(momentum)}: {type(optimizer).__name__} has none that could rise")
+        self.power = power
+        self.momentum = momentum
+        super().__init__(optimizer, warmup, total_steps)
+
+    def set_total_steps(self, total_steps: int) -> None:
+        """Fill in the length of the run, before its first step."""
+        super().set_total_steps(total_steps)
+        self._set_momentum()
+
+    def step(self, epoch: int | None = None) -> None:
+        """Set the learning rate and the momentum of the next step."""
+        super().step(epoch)
+        self._set_momentum()
+
+    def _set_momentum(self) -> None:
+        if self.momentum is not None and self.total_steps is not None:
+            first, last = self.momentum
+            progress = min(1.0, self.last_epoch / self.total_steps)
+            for group in self.optimizer.param_groups:
+                group["momentum"] = first + (last - first) * progress
+
+    def _decay(self, progress: float) -> float:
+        return (1 - progress) ** self.power

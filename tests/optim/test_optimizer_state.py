@@ -9,7 +9,7 @@ from peft_layers import adapted, hand_over, products, random_gradients
 
 from lightning_rlora.adapters import find_pairs
 from lightning_rlora.errors import UserError
-from lightning_rlora.optim import LinearWithWarmup, RiemannianSGD, Riemannion
+from lightning_rlora.optim import LinearWithWarmup, PolynomialWithWarmup, RiemannianSGD, Riemannion
 
 OPTIMIZERS = {
     "riemannion": lambda model: Riemannion.for_model(model, lr=0.02, weight_decay=0.1),
@@ -236,6 +236,7 @@ def test_schedulers_drive_every_group():
         # cycles the beta1 of AdamW groups, and not the momentum of pairs
         "one cycle, momentum": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.05, total_steps=8),
         "ours": lambda o: LinearWithWarmup(o, warmup=0.25, total_steps=8),
+        "ours, momentum": lambda o: PolynomialWithWarmup(o, warmup=0.25, momentum=(0.5, 0.9), total_steps=8),
     }
     for name, make in makers.items():
         model, twin = adapted(), adapted()
