@@ -38,6 +38,7 @@ from lightning_rlora.modules.random_state import restore_random_state, save_rand
 from lightning_rlora.optim import (
     FixedRankOptimizer,
     LinearWithWarmup,
+    PolynomialWithWarmup,
     WhitenedRiemannion,
     lora_plus,
     parameter_groups,
@@ -60,7 +61,7 @@ class AdaptedModel(LightningModule, ABC):
         adapter_path: Folder of a saved PEFT adapter to train further, in place of a new one.
         optimizer: Makes the optimizer from parameter groups; by default WhitenedRiemannion with its own defaults.
         lr_scheduler: Makes the learning-rate scheduler from the optimizer, stepped after each optimizer step; None
-            stands for `LinearWithWarmup` over a twentieth of the run (in manual optimization, for none), and
+            stands for `PolynomialWithWarmup` with a warmup of 0.05 (in manual optimization, for none), and
             `torch.optim.lr_scheduler.ConstantLR` with a factor of 1 for a constant rate.
         lr_ratio: LoRA+: the learning rate of B over that of A.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
@@ -201,7 +202,7 @@ class AdaptedModel(LightningModule, ABC):
         if schedule is None:
             if not self.automatic_optimization:
                 return optimizer
-            schedule = partial(LinearWithWarmup, warmup=0.05)
+            schedule = partial(PolynomialWithWarmup, warmup=0.05)
         scheduler = _with_refusals(schedule, "learning-rate scheduler")(optimizer)
         if isinstance(scheduler, LinearWithWarmup) and scheduler.total_steps is None:
             scheduler.set_total_steps(self._length_of_run())

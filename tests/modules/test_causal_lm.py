@@ -28,7 +28,7 @@ from lightning_rlora.assets import resolve
 from lightning_rlora.modules.base_model import load_tokenizer
 from lightning_rlora.modules.checkpoint import load_module, save_pretrained
 from lightning_rlora.modules.packing import check_packing
-from lightning_rlora.optim import CosineWithWarmup, LinearWithWarmup
+from lightning_rlora.optim import CosineWithWarmup, LinearWithWarmup, PolynomialWithWarmup
 
 ADAPTER = {"r": 4, "lora_alpha": 8}
 
@@ -351,6 +351,6 @@ def test_a_rank_is_all_that_must_be_set(tmp_path):
     (config,) = trainer.lr_scheduler_configs
     assert isinstance(optimizer, WhitenedRiemannion)
     assert all(unit > 0 for group in optimizer.param_groups for unit in group["units"])
-    assert isinstance(config.scheduler, LinearWithWarmup) and config.interval == "step"
+    assert isinstance(config.scheduler, PolynomialWithWarmup) and config.interval == "step"
     assert config.scheduler.total_steps == 20 and config.scheduler.warmup == 0.05
     assert config.scheduler.get_last_lr()[0] == 0
