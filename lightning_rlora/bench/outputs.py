@@ -148,7 +148,7 @@ def peft_layout(result: Result) -> dict[str, Any]:
     trainer = config.get("trainer", {})
     optimizer = dict(model["optimizer"].get("init_args", {}))
     base = model.get("base") or model.get("pipeline") or "embedded:tiny-lm"
-    scheduler = (model.get("lr_scheduler") or {}).get("class_path", "PolynomialWithWarmup")
+    scheduler = (model.get("lr_scheduler") or {}).get("class_path", "LinearWithWarmup")
     seconds = [(0, 0.0), *((step, value) for step, value in cost.get("seconds", []))]
     metrics: list[dict[str, Any]] = []
     samples = cost.get("samples", 0) / result.steps

@@ -38,7 +38,6 @@ from lightning_rlora.modules.random_state import restore_random_state, save_rand
 from lightning_rlora.optim import (
     FixedRankOptimizer,
     LinearWithWarmup,
-    PolynomialWithWarmup,
     WhitenedRiemannion,
     lora_plus,
     parameter_groups,
@@ -61,7 +60,7 @@ class AdaptedModel(LightningModule, ABC):
         adapter_path: Folder of a saved PEFT adapter to train further, in place of a new one.
         optimizer: Makes the optimizer from parameter groups; by default WhitenedRiemannion with its own defaults.
         lr_scheduler: Makes the learning-rate scheduler from the optimizer, stepped after each optimizer step; None
-            stands for `PolynomialWithWarmup` with a warmup of 0.05 (in manual optimization, for none), and
+            stands for `LinearWithWarmup` over a twentieth of the run (in manual optimization, for none), and
             `torch.optim.lr_scheduler.ConstantLR` with a factor of 1 for a constant rate.
         lr_ratio: LoRA+: the learning rate of B over that of A.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
@@ -90,8 +89,7 @@ class AdaptedModel(LightningModule, ABC):
         self._scheduler_factory = lr_scheduler
         self.lr_ratio = lr_ratio
         self._rng_to_restore: list[dict[str, Any]] = []
-        self._optimizers_resumed: list[str] | None = None
-        self._schedule_resumed: list[Any] | None = None
+        self._resumed: dict[str, list[str]] = {}
         self._finite_loss = FiniteLoss()
 
         if adapter_path is not None:
@@ -158,24 +156,28 @@ class AdaptedModel(LightningModule, ABC):
         """Put the model in training mode, since Lightning keeps the evaluation mode that pretrained models come in.
 
         Raises:
-            UserError: If the run is resumed with another optimizer; torch would load its state without a word.
+            UserError: If the run is resumed with another optimizer or schedule; torch would load states without a word.
         """
         self.model.train()
         self._finite_loss = FiniteLoss()
         if self.trainer.ckpt_path is None:  # loaded for another run: not one to go on with
-            self._optimizers_resumed, self._schedule_resumed, self._rng_to_restore = None, None, []
-        optimizers = self._optimizer_names()
-        if self._optimizers_resumed not in (None, optimizers):
-            raise UserError(
-                f"the checkpoint was made with the optimizer {', '.join(self._optimizers_resumed)}, and this run has "
-                f"{', '.join(optimizers)}: resume with the run's own configuration"
-            )
+            self._resumed, self._rng_to_restore = {}, []
+        for kind, names in self._moved_by().items():
+            if (before := self._resumed.get(kind, names)) != names:
+                made, now = (f"the {kind} {', '.join(them)}" if them else f"no {kind}" for them in (before, names))
+                raise UserError(
+                    f"the checkpoint was made with {made}, and this run has {now}: resume with the run's own "
+                    "configuration"
+                )
 
     def _scalings(self) -> dict[str, float]:
         return {pair.name: pair.scaling for pair in scan(self.model).pairs}
 
-    def _optimizer_names(self) -> list[str]:
-        return [type(optimizer).__name__ for optimizer in self.trainer.optimizers]
+    def _moved_by(self) -> dict[str, list[str]]:
+        """The names of what must be the same in a run that goes on."""
+        schedules = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        kinds = {"optimizer": self.trainer.optimizers, "schedule": schedules}
+        return {kind: [type(each).__name__ for each in all_] for kind, all_ in kinds.items()}
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Restore the random state of a resumed run at the latest moment, when nothing draws any more.
@@ -202,7 +204,7 @@ class AdaptedModel(LightningModule, ABC):
         if schedule is None:
             if not self.automatic_optimization:
                 return optimizer
-            schedule = partial(PolynomialWithWarmup, warmup=0.05)
+            schedule = partial(LinearWithWarmup, warmup=0.05)
         scheduler = _with_refusals(schedule, "learning-rate scheduler")(optimizer)
         if isinstance(scheduler, LinearWithWarmup) and scheduler.total_steps is None:
             scheduler.set_total_steps(self._length_of_run())
@@ -216,18 +218,6 @@ class AdaptedModel(LightningModule, ABC):
                 "to torch.optim.lr_scheduler.ConstantLR with a factor of 1"
             )
         return int(steps)
-
-    def on_train_start(self) -> None:
-        """Refuse to resume a run without a schedule with one, which would begin anew in its midst.
-
-        Raises:
-            UserError: If that is what is asked for.
-        """
-        if self._schedule_resumed == [] and self.lr_schedulers():
-            raise UserError(
-                "the checkpoint was made without a schedule: set lr_scheduler to torch.optim.lr_scheduler.ConstantLR "
-                "with a factor of 1 to go on as it began"
-            )
 
     def configure_gradient_clipping(
         self,
@@ -267,7 +257,7 @@ class AdaptedModel(LightningModule, ABC):
         # whose subclass it may be: a class in somebody's script cannot be imported again
         checkpoint["module"] = next(c.__name__ for c in type(self).__mro__ if c.__module__.startswith(__package__))
         checkpoint["scalings"] = self._scalings()
-        checkpoint["optimizer_names"] = self._optimizer_names()
+        checkpoint["moved_by"] = self._moved_by()
         checkpoint["rng"] = self._rng_to_restore or gathered(save_random_state(self.device))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -275,8 +265,7 @@ class AdaptedModel(LightningModule, ABC):
         check_adapter(self, checkpoint["state_dict"])
         if checkpoint.get("scalings", self._scalings()) != self._scalings():
             raise UserError("the checkpoint's adapter has another scaling: give the lora_alpha it was trained with")
-        self._optimizers_resumed = checkpoint.get("optimizer_names")
-        self._schedule_resumed = checkpoint.get("lr_schedulers")
+        self._resumed = checkpoint.get("moved_by", {})
         states = checkpoint.get("rng")
         self._rng_to_restore = states if isinstance(states, list) else []  # earlier versions kept the first one's only
 

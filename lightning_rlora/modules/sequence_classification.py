@@ -50,7 +50,7 @@ class SequenceClassification(AdaptedModel):
         adapter_path: Folder of a saved PEFT adapter to train further, in place of a new one.
         optimizer: Makes the optimizer from parameter groups; by default WhitenedRiemannion with its own defaults.
         lr_scheduler: Makes the learning-rate scheduler from the optimizer, stepped after each optimizer step. None
-            stands for PolynomialWithWarmup with a warmup of 0.05, torch's ConstantLR with a factor of 1 for a
+            stands for LinearWithWarmup over a twentieth of the run, torch's ConstantLR with a factor of 1 for a
             constant rate. If it has a `total_steps` that is None, the trainer's number of steps is filled in.
         lr_ratio: LoRA+: the learning rate of B over that of A, which is the optimizer's (see `lora_plus_groups`; 16 is
             the authors' advice). Goes with optimizers of torch's kind, not with those that move A and B together.

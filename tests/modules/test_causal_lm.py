@@ -331,16 +331,27 @@ def test_a_schedule_without_a_length_is_refused_before_callbacks_begin(tmp_path)
         trainer.fit(CausalLM(adapter=ADAPTER), DataLoader(Endless(), batch_size=None))
 
 
-def test_a_run_without_a_schedule_is_not_resumed_with_one(tmp_path):
-    constant = partial(ConstantLR, factor=1)
+@pytest.mark.parametrize(
+    "first, then, message",
+    [
+        (
+            None,
+            partial(PolynomialWithWarmup, momentum=(0.7, 0.9)),
+            "schedule LinearWithWarmup, .* PolynomialWithWarmup",
+        ),
+        (PolynomialWithWarmup, None, "schedule PolynomialWithWarmup, .* LinearWithWarmup"),
+        (None, partial(ConstantLR, factor=1), "schedule LinearWithWarmup, .* ConstantLR"),
+    ],
+)
+def test_a_run_goes_on_with_its_own_schedule_only(first, then, message, tmp_path):
     data = DataLoader([make_batch(0)] * 4, batch_size=None)
     trainer = quiet_trainer(tmp_path, max_steps=1)
-    trainer.fit(CausalLM(adapter=ADAPTER, lr_scheduler=constant), data)
+    trainer.fit(CausalLM(adapter=ADAPTER, lr_scheduler=first), data)
     trainer.save_checkpoint(tmp_path / "one.ckpt")
-    saved = torch.load(tmp_path / "one.ckpt", weights_only=True)
-    torch.save(saved | {"lr_schedulers": []}, tmp_path / "none.ckpt")  # as one of an earlier version without schedule
-    with pytest.raises(UserError, match=r"without a schedule.*ConstantLR"):
-        quiet_trainer(tmp_path, max_steps=2).fit(CausalLM(adapter=ADAPTER), data, ckpt_path=tmp_path / "none.ckpt")
+    with pytest.raises(UserError, match=message):
+        quiet_trainer(tmp_path, max_steps=2).fit(
+            CausalLM(adapter=ADAPTER, lr_scheduler=then), data, ckpt_path=tmp_path / "one.ckpt"
+        )
 
 
 def test_a_rank_is_all_that_must_be_set(tmp_path):
@@ -351,6 +362,6 @@ def test_a_rank_is_all_that_must_be_set(tmp_path):
     (config,) = trainer.lr_scheduler_configs
     assert isinstance(optimizer, WhitenedRiemannion)
     assert all(unit > 0 for group in optimizer.param_groups for unit in group["units"])
-    assert isinstance(config.scheduler, PolynomialWithWarmup) and config.interval == "step"
+    assert isinstance(config.scheduler, LinearWithWarmup) and config.interval == "step"
     assert config.scheduler.total_steps == 20 and config.scheduler.warmup == 0.05
     assert config.scheduler.get_last_lr()[0] == 0

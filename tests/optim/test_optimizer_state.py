@@ -242,17 +242,19 @@ def test_schedulers_drive_every_group():
         model, twin = adapted(), adapted()
         optimizer, by_hand = OPTIMIZERS["riemannion"](model), OPTIMIZERS["riemannion"](twin)
         scheduler = make(optimizer)
-        rates = []
+        rates, momenta = [], []
         for step in range(6):
             all_gradients(model, step)
             all_gradients(twin, step)
             for group, other in zip(optimizer.param_groups, by_hand.param_groups, strict=True):
                 other |= {name: group[name] for name in ("lr", "momentum", "betas")}
             rates.append(optimizer.param_groups[0]["lr"])
+            momenta.append(optimizer.param_groups[0]["momentum"])
             optimizer.step()
             by_hand.step()
             scheduler.step()
         assert len(set(rates)) > 3, name
+        assert len(set(momenta)) == (6 if name == "ours, momentum" else 1), name
         assert all(torch.equal(value, trained(twin)[key]) for key, value in trained(model).items()), name
 
 

@@ -135,6 +135,9 @@ def test_resumed_momentum(tmp_path):
         (optimizer, {"power": math.inf}, "a power above 0"),
         (optimizer, {"momentum": (0.5, 1.0)}, "from 0 to below 1"),
         (optimizer, {"momentum": (-0.1, 0.9)}, "from 0 to below 1"),
+        (optimizer, {"momentum": (0.5,)}, "the first and the last"),
+        (optimizer, {"momentum": (0.5, 0.7, 0.9)}, "the first and the last"),
+        (optimizer, {"momentum": 0.9}, "the first and the last"),
         (lambda: torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]), {"momentum": (0.5, 0.9)}, "AdamW has none"),
     ],
 )

@@ -153,6 +153,15 @@ class TestTheOptimizerWithIt:
         assert ways == [True, True, False, True]
         assert worst_error(fast, exact) < 3e-6
 
+    def test_numbers_that_a_schedule_sets_count_at_once(self):
+        def change(step, optimizer):
+            for group in optimizer.param_groups:
+                group.update(lr=0.01 / (1 + step), momentum=0.5 + 0.1 * step)
+
+        fast, exact, ways = self.run(change, steps=4)
+        assert all(ways)
+        assert worst_error(fast, exact) < 3e-6
+
     def test_a_scaling_behind_autograds_back_is_noticed(self):
         def change(step, optimizer):
             if step == 2:
