@@ -176,8 +176,10 @@ class AdaptedModel(LightningModule, ABC):
     def _moved_by(self) -> dict[str, list[str]]:
         """The names of what must be the same in a run that goes on."""
         schedules = [config.scheduler for config in self.trainer.lr_scheduler_configs]
-        kinds = {"optimizer": self.trainer.optimizers, "schedule": schedules}
-        return {kind: [type(each).__name__ for each in all_] for kind, all_ in kinds.items()}
+        return {
+            "optimizer": [type(optimizer).__name__ for optimizer in self.trainer.optimizers],
+            "schedule": [type(schedule).__name__ for schedule in schedules],
+        }
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Restore the random state of a resumed run at the latest moment, when nothing draws any more.
