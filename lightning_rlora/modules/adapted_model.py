@@ -89,7 +89,7 @@ class AdaptedModel(LightningModule, ABC):
         self._scheduler_factory = lr_scheduler
         self.lr_ratio = lr_ratio
         self._rng_to_restore: list[dict[str, Any]] = []
-        self._resumed: dict[str, list[str]] = {}
+        self._resumed: dict[str, list[str] | None] = {}
         self._finite_loss = FiniteLoss()
 
         if adapter_path is not None:
@@ -163,12 +163,18 @@ class AdaptedModel(LightningModule, ABC):
         if self.trainer.ckpt_path is None:  # loaded for another run: not one to go on with
             self._resumed, self._rng_to_restore = {}, []
         for kind, names in self._moved_by().items():
-            if (before := self._resumed.get(kind, names)) != names:
-                made, now = (f"the {kind} {', '.join(them)}" if them else f"no {kind}" for them in (before, names))
+            before = self._resumed.get(kind)
+            if before in (None, names) or (not before and names == ["ConstantLR"]):
+                continue
+            if not before:
                 raise UserError(
-                    f"the checkpoint was made with {made}, and this run has {now}: resume with the run's own "
-                    "configuration"
+                    f"the checkpoint was made without a {kind}: set lr_scheduler to "
+                    "torch.optim.lr_scheduler.ConstantLR with a factor of 1 to go on as it began"
                 )
+            raise UserError(
+                f"the checkpoint was made with the {kind} {', '.join(before)}, and this run has "
+                f"{', '.join(names) or 'none'}: resume with the run's own configuration"
+            )
 
     def _scalings(self) -> dict[str, float]:
         return {pair.name: pair.scaling for pair in scan(self.model).pairs}
@@ -259,7 +265,7 @@ class AdaptedModel(LightningModule, ABC):
         # whose subclass it may be: a class in somebody's script cannot be imported again
         checkpoint["module"] = next(c.__name__ for c in type(self).__mro__ if c.__module__.startswith(__package__))
         checkpoint["scalings"] = self._scalings()
-        checkpoint["moved_by"] = self._moved_by()
+        checkpoint |= {f"{kind}_names": names for kind, names in self._moved_by().items()}
         checkpoint["rng"] = self._rng_to_restore or gathered(save_random_state(self.device))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -267,7 +273,11 @@ class AdaptedModel(LightningModule, ABC):
         check_adapter(self, checkpoint["state_dict"])
         if checkpoint.get("scalings", self._scalings()) != self._scalings():
             raise UserError("the checkpoint's adapter has another scaling: give the lora_alpha it was trained with")
-        self._resumed = checkpoint.get("moved_by", {})
+        had_none = checkpoint.get("lr_schedulers") == []  # all that is known of one in which schedules have no names
+        self._resumed = {
+            "optimizer": checkpoint.get("optimizer_names"),
+            "schedule": checkpoint.get("schedule_names", [] if had_none else None),
+        }
         states = checkpoint.get("rng")
         self._rng_to_restore = states if isinstance(states, list) else []  # earlier versions kept the first one's only
 

@@ -354,6 +354,22 @@ def test_a_run_goes_on_with_its_own_schedule_only(first, then, message, tmp_path
         )
 
 
+def test_a_run_without_a_schedule_is_not_resumed_with_one(tmp_path):
+    constant = partial(ConstantLR, factor=1)
+    data = DataLoader([make_batch(0)] * 4, batch_size=None)
+    trainer = quiet_trainer(tmp_path, max_steps=1)
+    trainer.fit(CausalLM(adapter=ADAPTER, lr_scheduler=constant), data)
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    saved = torch.load(tmp_path / "one.ckpt", weights_only=True)
+    del saved["schedule_names"]
+    torch.save(saved | {"lr_schedulers": []}, tmp_path / "none.ckpt")  # as one of an earlier version without schedule
+    with pytest.raises(UserError, match=r"without a schedule.*ConstantLR"):
+        quiet_trainer(tmp_path, max_steps=2).fit(CausalLM(adapter=ADAPTER), data, ckpt_path=tmp_path / "none.ckpt")
+    trainer = quiet_trainer(tmp_path, max_steps=2)
+    trainer.fit(CausalLM(adapter=ADAPTER, lr_scheduler=constant), data, ckpt_path=tmp_path / "none.ckpt")
+    assert trainer.global_step == 2  # which is what the refusal advises
+
+
 def test_a_rank_is_all_that_must_be_set(tmp_path):
     module = CausalLM(adapter={"r": 4})
     trainer = quiet_trainer(tmp_path, max_steps=20)
